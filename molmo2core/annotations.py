@@ -1,0 +1,141 @@
+"""What people annotate on a medium: one frozen dataclass per form of annotation, and the table of tasks.
+
+Coordinates are fractions of the displayed width and height (after EXIF or video rotation), 0 <= x, y <= 1.
+Times are seconds from the start of the video as displayed.  These classes are the manifest's annotation contract
+(see manifest/schema.py, which parses them strictly) and what shards store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MediaKind = Literal["none", "image", "images", "video"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One role's text in a conversation."""
+
+    role: Literal["user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One position on an image or frame.
+
+    `radius` is the distance, as a fraction of the shorter side, within which an answer counts as a hit when a
+    model is evaluated; training ignores it.
+    """
+
+    x: float
+    y: float
+    image: int = 1
+    """1-based number of the image in an image set; 1 for a single image or a video."""
+    time: float | None = None
+    """Seconds; only and always for videos."""
+    radius: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackPosition:
+    """Where one object is at one time.  An occluded or absent object is written with `visible` false or left out."""
+
+    time: float
+    x: float
+    y: float
+    visible: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Track:
+    """One object through time; `positions` in ascending time."""
+
+    object_id: int
+    positions: tuple[TrackPosition, ...]
+    radius: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caption:
+    """A description of the whole medium."""
+
+    task: Literal["image_caption", "video_caption"]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuestionAnswer:
+    """A question with one right answer; with `options` it is multiple choice and `answer` is one of them."""
+
+    task: Literal["image_qa", "multi_image_qa", "video_qa", "subtitle_qa"]
+    question: str
+    answer: str
+    options: tuple[str, ...] = ()
+    category: str = ""
+    """Free label by which evaluation breaks results down (`colour`, `count`, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pointing:
+    """Every place where `label` is seen; no points means that there are none.  `*_counting` also states the number."""
+
+    task: Literal["image_pointing", "image_counting", "multi_image_pointing", "video_pointing"]
+    label: str
+    points: tuple[Point, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tracking:
+    """Objects that `label` describes, followed at `sampling_fps` positions per second."""
+
+    task: Literal["tracking"]
+    label: str
+    sampling_fps: float
+    tracks: tuple[Track, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """Free turns, user first, roles alternating, assistant last."""
+
+    task: Literal["text"]
+    turns: tuple[Turn, ...]
+
+
+Annotation = Caption | QuestionAnswer | Pointing | Tracking | Conversation
+
+MEDIA_OF_TASK: dict[str, tuple[MediaKind, ...]] = {
+    "image_caption": ("image",),
+    "video_caption": ("video",),
+    "image_qa": ("image",),
+    "multi_image_qa": ("images",),
+    "video_qa": ("video",),
+    "subtitle_qa": ("video",),
+    "image_pointing": ("image",),
+    "image_counting": ("image",),
+    "multi_image_pointing": ("images",),
+    "video_pointing": ("video",),
+    "tracking": ("video",),
+    "text": ("none",),
+}
+TASKS = tuple(MEDIA_OF_TASK)
+
+WeightFamily = Literal["image_caption", "video_caption", "pointing", "other"]
+"""Families of tasks that loss weights distinguish (loss_weights.py)."""
+
+WEIGHT_FAMILY_OF_TASK: dict[str, WeightFamily] = {
+    "image_caption": "image_caption",
+    "video_caption": "video_caption",
+    "image_pointing": "pointing",
+    "image_counting": "pointing",
+    "multi_image_pointing": "pointing",
+    "video_pointing": "pointing",
+    "tracking": "pointing",
+    "image_qa": "other",
+    "multi_image_qa": "other",
+    "video_qa": "other",
+    "subtitle_qa": "other",
+    "text": "other",
+}

@@ -1,0 +1,68 @@
+"""Geometry of visual input and the limits that a training stage or an evaluation sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Style = Literal["style_and_length_v2", "demo_or_style_v2"]
+"""Text prefix of the first user turn: stage 1, and stages 2-3 with inference (model.md 6.4)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualGeometry:
+    """What the weights fix (model.md 1.3, 4.1).  Released models: the defaults."""
+
+    crop_size: int = 378
+    """Side of a crop in pixels."""
+    patch_size: int = 14
+    """Side of a patch in pixels."""
+    overlap_margins: tuple[int, int] = (4, 4)
+    """Patches that neighbouring crops share, (before, after)."""
+    image_pooling: tuple[int, int] = (2, 2)
+    """Patches per visual token of an image, (rows, columns)."""
+    video_pooling: tuple[int, int] = (3, 3)
+    """Patches per visual token of a frame, (rows, columns)."""
+
+    def __post_init__(self) -> None:
+        if self.crop_size % self.patch_size:
+            raise ValueError(f"crop_size {self.crop_size} is no multiple of patch_size {self.patch_size}")
+        if sum(self.overlap_margins) >= self.grid:
+            raise ValueError(f"overlap_margins {self.overlap_margins} leave nothing of {self.grid} patches")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a crop."""
+        return self.crop_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a crop."""
+        return self.grid * self.grid
+
+    @property
+    def patch_bytes(self) -> int:
+        """Values of one flattened RGB patch."""
+        return self.patch_size * self.patch_size * 3
+
+    @property
+    def max_pool(self) -> int:
+        """Patches of the widest pooling window: the K of pooling indices."""
+        return max(self.image_pooling[0] * self.image_pooling[1], self.video_pooling[0] * self.video_pooling[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessingConfig:
+    """How an example becomes tokens in one training stage or evaluation.  Defaults: stage 2 as described."""
+
+    max_crops: int = 8
+    """High-resolution crops of an image, the low-resolution view not counted."""
+    max_images: int = 5
+    """Images of a set; more is an error at validation, never silently cut."""
+    max_frames: int = 128
+    """Frames of a video."""
+    max_fps: float = 2.0
+    """Frames per second at most; the last instant is always added (model.md 5.1)."""
+    max_subtitle_tokens: int = 1024
+    """Subtitle lines are kept whole, in order, up to this many tokens."""
+    style: Style = "demo_or_style_v2"
