@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from molmo2core.errors import DataError, PlatformError
 
@@ -133,9 +133,7 @@ def list_files(uri: str) -> list[str]:
         return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
     location = _bucket_key(join(uri, ""))
     with _s3_errors(uri):
-        pages = _client().get_paginator("list_objects_v2").paginate(
-            Bucket=location["Bucket"], Prefix=location["Key"]
-        )
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=location["Bucket"], Prefix=location["Key"])
         return sorted(item["Key"][len(location["Key"]) :] for page in pages for item in page.get("Contents", []))
 
 
@@ -266,7 +264,12 @@ def _client() -> S3Client:
     return boto3.client("s3")
 
 
-def _bucket_key(uri: str) -> dict[str, str]:
+class _Location(TypedDict):
+    Bucket: str
+    Key: str
+
+
+def _bucket_key(uri: str) -> _Location:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return {"Bucket": bucket, "Key": key}
 
