@@ -1,0 +1,193 @@
+"""Qwen3 and OLMo3 decoders from one code (model.md 2.3, 2.4).
+
+Shape legend: B batch, S sequence, W width, H query heads, G key/value heads, h head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molmo2core.model.attention import AttentionMask, attend, attend_to_cache
+from molmo2core.model.cache import KeyValueCache
+from molmo2core.model.config import DecoderConfig
+from molmo2core.model.rope import rotary_table, rotate
+
+RotaryTable = tuple[Tensor, Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32; the weight is applied after the cast back."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., W] -> [..., W]"""
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class TokenEmbedding(nn.Module):
+    """The base table, and the table of new tokens whose ids follow the base vocabulary."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.new = nn.Parameter(torch.empty(config.additional_vocab_size, config.width))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [B, S] -> [B, S, W]"""
+        size = self.base.shape[0]
+        base = F.embedding(input_ids.clamp(max=size - 1), self.base)
+        new = F.embedding((input_ids - size).clamp(min=0), self.new)
+        return torch.where((input_ids < size)[..., None], base, new)
+
+
+class DecoderAttention(nn.Module):
+    """Grouped-query attention with q/k norm and rotary positions."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.config = config
+        self.attend: Attend = attend
+        """Replaced by parallel/context_parallel.py; everything else in this module is blind to ranks."""
+        query_width = config.num_heads * config.head_dim
+        key_width = config.num_kv_heads * config.head_dim
+        self.query = nn.Linear(config.width, query_width, bias=False)
+        self.key = nn.Linear(config.width, key_width, bias=False)
+        self.value = nn.Linear(config.width, key_width, bias=False)
+        self.out = nn.Linear(query_width, config.width, bias=False)
+        per_head = config.qk_norm == "per_head"
+        self.query_norm = RMSNorm(config.head_dim if per_head else query_width, config.norm_eps)
+        self.key_norm = RMSNorm(config.head_dim if per_head else key_width, config.norm_eps)
+
+    def forward(self, x: Tensor, rotary: RotaryTable, mask: AttentionMask, cache: KeyValueCache | None) -> Tensor:
+        """[B, S, W] -> [B, S, W]"""
+        query = rotate(self._heads(self.query(x), self.query_norm), rotary)
+        key = rotate(self._heads(self.key(x), self.key_norm), rotary)
+        value = self.value(x).unflatten(-1, (-1, self.config.head_dim))
+        if cache is None:
+            attended = self.attend(query, key, value, mask)
+        elif cache.is_empty:
+            cache.fill(self.layer, key, value)
+            attended = self.attend(query, key, value, mask)
+        else:
+            keys, values = cache.extend(self.layer, key, value)
+            attended = attend_to_cache(query, keys, values, cache.lengths + 1)
+        out: Tensor = self.out(attended.flatten(2))
+        return out
+
+    def _heads(self, projected: Tensor, norm: RMSNorm) -> Tensor:
+        heads = (-1, self.config.head_dim)
+        if self.config.qk_norm == "per_head":
+            return norm(projected.unflatten(-1, heads))  # type: ignore[no-any-return]
+        return norm(projected).unflatten(-1, heads)  # type: ignore[no-any-return]
+
+
+class DecoderMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.up = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, W] -> [B, S, W]"""
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
+
+
+class DecoderBlock(nn.Module):
+    """Attention and MLP, each with its norm on the input (Qwen3) or on the output (OLMo3)."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.norm_on_input = config.norm_placement == "input"
+        self.attention = DecoderAttention(config, layer)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = DecoderMLP(config)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: RotaryTable,
+        mask: AttentionMask,
+        token_dropout: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        """[B, S, W] -> [B, S, W]"""
+        if self.norm_on_input:
+            x = x + _drop(self.attention(self.attention_norm(x), rotary, mask, cache), token_dropout)
+            return x + _drop(self.mlp(self.mlp_norm(x)), token_dropout)
+        x = x + _drop(self.attention_norm(self.attention(x, rotary, mask, cache)), token_dropout)
+        return x + _drop(self.mlp_norm(self.mlp(x)), token_dropout)
+
+
+class DecoderStack(nn.Module):
+    """All blocks.  The module whose inputs context parallelism cuts along the sequence."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.num_layers))
+
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        mask: AttentionMask,
+        token_dropout: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """[B, S, W] -> [B, S, W]
+
+        Args:
+            position_ids: int64 [B, S].
+            mask: rule of the whole sequence.
+            token_dropout: [B, S] drop probability of each token's residual branches, or None.
+        """
+        config = self.config
+        plain = rotary_table(position_ids, config.head_dim, config.rope_theta)
+        scaled = plain
+        if config.rope_scaling is not None:
+            scaled = rotary_table(position_ids, config.head_dim, config.rope_theta, config.rope_scaling)
+        # No list of layers means that every layer is scaled (model.md 3.2).
+        layers = config.rope_scaling_layers if config.rope_scaling_layers is not None else range(config.num_layers)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, scaled if layer in layers else plain, mask, token_dropout, cache)
+        return x
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm and head."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = TokenEmbedding(config)
+        self.stack = DecoderStack(config)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.width))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, W] rows of the base vocabulary only: new tokens can never be predicted."""
+        return self.embedding.base if self.head is None else self.head
+
+
+def _drop(x: Tensor, token_dropout: Tensor | None) -> Tensor:
+    if token_dropout is None:
+        return x
+    keep = 1 - token_dropout[..., None].to(x.dtype)
+    return x * torch.bernoulli(keep.expand_as(x)) / keep

@@ -1,0 +1,128 @@
+"""Molmo2: vision encoder -> connector -> decoder, on one device (paper, figure 2; model.md 2).
+
+Shape legend: B batch, S sequence, W decoder width, C crops, P patches, D bytes of a patch, V visual tokens,
+K patches per pool.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from molmo2core.errors import DataError
+from molmo2core.model.attention import AttentionMask
+from molmo2core.model.cache import KeyValueCache
+from molmo2core.model.config import ModelConfig
+from molmo2core.model.connector import Connector, no_visual_tokens
+from molmo2core.model.decoder import Decoder, RMSNorm
+from molmo2core.model.vision_encoder import VisionEncoder
+
+ParameterGroup = Literal["vision_encoder", "connector", "decoder"]
+
+INITIAL_STD = 0.02
+
+
+class Molmo2(nn.Module):
+    """The whole model.  `im_patch_id` is the token whose embedding visual features are added to."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        feature_width = config.vision_encoder.width * len(config.vision_encoder.feature_layers)
+        self.vision_encoder = VisionEncoder(config.vision_encoder, config.geometry)
+        self.connector = Connector(config.connector, feature_width, config.decoder.width)
+        self.decoder = Decoder(config.decoder)
+
+    @property
+    def im_patch_id(self) -> int:
+        """Third of the new tokens (special_tokens.EXTRA_TOKENS)."""
+        from molmo2core.special_tokens import EXTRA_TOKENS, IM_PATCH
+
+        return self.config.decoder.vocab_size + EXTRA_TOKENS.index(IM_PATCH)
+
+    def forward(
+        self,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: AttentionMask,
+        crops: Tensor,
+        pooling: Tensor,
+        token_dropout: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, [B, S, W].
+
+        Args:
+            input_ids, position_ids: int64 [B, S].
+            crops: uint8 [C, P, D] of all rows, in order; C may be 0.
+            pooling: int64 [V, K], row v for the v-th <im_patch> of the batch in row-major order.
+            token_dropout: see DecoderStack.
+            cache: filled by a first call with the whole prompts, used by calls with one token per row.
+
+        Raises:
+            DataError: the number of <im_patch> tokens is not V.
+        """
+        embedded = self.decoder.embedding(input_ids)
+        if pooling.shape[0]:
+            embedded = self._add_visual(embedded, input_ids, self.encode_visual(crops, pooling))
+        hidden = self.decoder.stack(embedded, position_ids, mask, token_dropout, cache)
+        normed: Tensor = self.decoder.norm(hidden)
+        return normed
+
+    def encode_visual(self, crops: Tensor, pooling: Tensor) -> Tensor:
+        """uint8 [C, P, D], int64 [V, K] -> [V, W]"""
+        if not pooling.shape[0]:
+            return no_visual_tokens(self.config.decoder.width, self.decoder.embedding.new)
+        features: Tensor = self.vision_encoder(crops)
+        projected: Tensor = self.connector(features.flatten(0, 1), pooling)
+        return projected
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., W] -> [..., base vocabulary]"""
+        return hidden @ self.decoder.head_weight.T
+
+    def _add_visual(self, embedded: Tensor, input_ids: Tensor, visual: Tensor) -> Tensor:
+        places = (input_ids == self.im_patch_id).flatten().nonzero()[:, 0]
+        if places.shape[0] != visual.shape[0]:
+            raise DataError(
+                "batch",
+                found=f"{places.shape[0]} <im_patch> tokens",
+                expected=f"{visual.shape[0]}, one for each row of pooling",
+                mend="tokenise with this model's geometry and tokenizer",
+            )
+        flat = embedded.flatten(0, 1).index_add(0, places, visual.to(embedded.dtype))
+        return flat.view_as(embedded)
+
+
+def group_of_parameter(name: str) -> ParameterGroup:
+    """Which optimizer group a parameter of Molmo2 belongs to; new tokens learn with the connector (model.md 3.4)."""
+    if name.startswith("vision_encoder."):
+        return "vision_encoder"
+    return "connector" if name.startswith("connector.") or name == "decoder.embedding.new" else "decoder"
+
+
+def build_model(config: ModelConfig, *, seed: int) -> Molmo2:
+    """A Molmo2 with random weights, the same for the same seed.
+
+    New tokens and connector are normal with standard deviation 0.02 as published; the other matrices, which real
+    runs load from base models, are normal with deviation 1/sqrt(inputs), which tiny widths need to learn at all.
+    """
+    model = Molmo2(config)
+    generator = torch.Generator().manual_seed(seed)
+    norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm | RMSNorm)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if id(parameter) in norms:
+                parameter.fill_(1.0)
+            elif parameter.ndim == 1:
+                parameter.zero_()
+            elif group_of_parameter(name) == "connector" or "embedding.base" in name or "head" in name:
+                parameter.normal_(0.0, INITIAL_STD, generator=generator)
+            elif "position_embedding" in name:
+                parameter.normal_(0.0, 0.5, generator=generator)
+            else:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+    return model
