@@ -151,6 +151,23 @@ def download(uri: str, destination: Path) -> Path:
     return destination
 
 
+def fetch_folder(uri: str, destination: Path) -> Path:
+    """A local folder with the files of `uri`, which nobody committed (a tokenizer, base weights): the folder itself
+    when local, else a copy at `destination`.
+
+    Raises:
+        DataError: there is no such folder, or it is empty.
+    """
+    names = list_files(uri)
+    if not names:
+        raise DataError(uri, found="no such folder, or an empty one", mend="check the address")
+    if not is_remote(uri):
+        return Path(uri)
+    for name in names:
+        download(join(uri, name), destination / name)
+    return destination
+
+
 def is_committed(uri: str) -> bool:
     """Whether the folder has its marker."""
     return exists(join(uri, MARKER))

@@ -203,7 +203,9 @@ def _sub_configs(config: ModelConfig) -> dict[str, dict[str, Any]]:
             "max_position_embeddings": decoder.max_position_embeddings,
             "rope_theta": decoder.rope_theta,
             "rope_scaling": (
-                None if decoder.rope_scaling is None else {"rope_type": "yarn", **dataclasses.asdict(decoder.rope_scaling)}
+                None
+                if decoder.rope_scaling is None
+                else {"rope_type": "yarn", **dataclasses.asdict(decoder.rope_scaling)}
             ),
             "rope_scaling_layers": (
                 None if decoder.rope_scaling_layers is None else list(decoder.rope_scaling_layers)
