@@ -1,0 +1,31 @@
+"""The number that an answer states (training_and_evaluation.md 4.3; data.md 6.1 for the sentences)."""
+
+from __future__ import annotations
+
+import re
+
+_STATED = (
+    re.compile(r"\btotal of (\d+)"),
+    re.compile(r"\btotal number\b.*?\bis:? (\d+)"),
+    re.compile(r"\bthere (?:is|are) (\d+)"),
+)
+_NONE = re.compile(r"\b(?:none|no)\b")
+
+
+def stated_count(text: str) -> int | None:
+    """The number in an answer such as `3`, `... shows a total of 3.`, `There are 3 ...`, `There are none.`
+
+    None when it states none of these.  The number of points in the answer does not matter here.
+    """
+    lowered = text.lower().strip()
+    if lowered.rstrip(".").isascii() and lowered.rstrip(".").isdigit():
+        return int(lowered.rstrip("."))
+    for pattern in _STATED:
+        if found := pattern.search(lowered):
+            return int(found[1])
+    return 0 if says_none(text) else None
+
+
+def says_none(text: str) -> bool:
+    """Whether an answer says that there is nothing to point at."""
+    return "<" not in text and bool(_NONE.search(text.lower()))
