@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
 from molmo2core.errors import PlatformError
@@ -43,7 +43,7 @@ def run_distributed(
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="molmo2-ranks-") as folder:
         port = _free_port()
-        processes: list[BaseProcess] = []
+        processes: list[SpawnProcess] = []
         readers: dict[Connection, int] = {}
         for rank in range(ranks):
             reader, writer = context.Pipe(duplex=False)
