@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from string import ascii_uppercase
+
+from molmo2core.preprocessing.templates import labelled_options
 
 
 def clean_answer(text: str) -> str:
@@ -26,15 +27,15 @@ def matches_exactly(prediction: str, answer: str) -> bool:
 def select_option(prediction: str, options: Sequence[str]) -> int | None:
     """The option that a multiple-choice answer means; None only when it is empty.
 
-    Options carry their letters ("A. text") as they were shown.  In order: the same text, with or without letter; the
-    only option that the answer begins with; the only one that begins with the answer; the only one that contains it;
-    else the one at the smallest edit distance, first on ties.
+    Options are compared with their letters ("A. text"), as they were shown.  In order: the same text, with or without
+    letter; the only option that the answer begins with; the only one that begins with the answer; the only one that
+    contains it; else the one at the smallest edit distance, first on ties.
     """
     said = _normalised(clean_answer(prediction))
     if not said:
         return None
     bare = [_normalised(option) for option in options]
-    shown = [f"{letter.lower()}. {option}" for letter, option in zip(ascii_uppercase, bare, strict=False)]
+    shown = [_normalised(option) for option in labelled_options(tuple(options))]
     rules = (
         [said in pair for pair in zip(shown, bare, strict=True)],
         [said.startswith(option) for option in shown],
