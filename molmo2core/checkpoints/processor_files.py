@@ -1,0 +1,132 @@
+"""Tokenizer and processor files of an exported folder (model.md 3.6).
+
+The fields are the released ones.  The processor flags must be written: the defaults of the released Python classes
+give another token sequence.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from molmo2core.checkpoints.chat_template import CHAT_TEMPLATE
+from molmo2core.checkpoints.hf_config import HUB_REPOSITORY
+from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
+from molmo2core.special_tokens import CHAT_END, EXTRA_TOKENS, TEXT_PAD, load_tokenizer
+
+_BILINEAR = 2  # PIL's number
+_HALF = [0.5, 0.5, 0.5]
+
+
+def write_processor_files(
+    folder: Path, tokenizer: Path, geometry: VisualGeometry, preprocessing: PreprocessingConfig
+) -> None:
+    """Write tokenizer, chat template and the three processor files into an existing folder.
+
+    Args:
+        folder: destination.
+        tokenizer: folder with `tokenizer.json`.
+        geometry: what the weights fix.
+        preprocessing: limits that users of the export start with.
+
+    Raises:
+        DataError: the tokenizer is missing or lacks a special token.
+    """
+    load_tokenizer(tokenizer)
+    shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    for name, content in (
+        ("tokenizer_config.json", _tokenizer_config()),
+        ("special_tokens_map.json", _special_tokens_map()),
+        ("processor_config.json", _processor_config()),
+        ("preprocessor_config.json", _image_config(geometry, preprocessing)),
+        ("video_preprocessor_config.json", _video_config(geometry, preprocessing)),
+    ):
+        write_json(folder / name, content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object as people and diffs like it."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _special_tokens_map() -> dict[str, Any]:
+    return {
+        "bos_token": CHAT_END,
+        "eos_token": CHAT_END,
+        "pad_token": TEXT_PAD,
+        "additional_special_tokens": list(EXTRA_TOKENS),
+    }
+
+
+def _tokenizer_config() -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "processor_class": "Molmo2Processor",
+        **_special_tokens_map(),
+    }
+
+
+def _processor_config() -> dict[str, Any]:
+    return {
+        "processor_class": "Molmo2Processor",
+        "auto_map": {"AutoProcessor": f"{HUB_REPOSITORY}--processing_molmo2.Molmo2Processor"},
+        "image_use_col_tokens": True,
+        "use_single_crop_col_tokens": False,
+        "use_single_crop_start_token": True,
+        "video_use_col_tokens": False,
+        "use_frame_special_tokens": False,
+    }
+
+
+def _image_config(geometry: VisualGeometry, preprocessing: PreprocessingConfig) -> dict[str, Any]:
+    return {
+        "image_processor_type": "Molmo2ImageProcessor",
+        "processor_class": "Molmo2Processor",
+        "auto_map": {
+            "AutoProcessor": f"{HUB_REPOSITORY}--processing_molmo2.Molmo2Processor",
+            "AutoImageProcessor": f"{HUB_REPOSITORY}--image_processing_molmo2.Molmo2ImageProcessor",
+        },
+        "do_convert_rgb": True,
+        "image_mean": _HALF,
+        "image_std": _HALF,
+        "max_crops": preprocessing.max_crops,
+        "overlap_margins": list(geometry.overlap_margins),
+        "patch_size": geometry.patch_size,
+        "pooling_size": list(geometry.image_pooling),
+        "resample": _BILINEAR,
+        "size": {"height": geometry.crop_size, "width": geometry.crop_size},
+    }
+
+
+def _video_config(geometry: VisualGeometry, preprocessing: PreprocessingConfig) -> dict[str, Any]:
+    return {
+        "video_processor_type": "Molmo2VideoProcessor",
+        "processor_class": "Molmo2Processor",
+        "auto_map": {
+            "AutoProcessor": f"{HUB_REPOSITORY}--processing_molmo2.Molmo2Processor",
+            "AutoVideoProcessor": f"{HUB_REPOSITORY}--video_processing_molmo2.Molmo2VideoProcessor",
+        },
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "do_sample_frames": True,
+        "frame_sample_mode": "uniform_last_frame",
+        "image_mean": _HALF,
+        "image_std": _HALF,
+        "max_fps": preprocessing.max_fps,
+        "num_frames": preprocessing.max_frames,
+        "sampling_fps": 2,
+        "patch_size": geometry.patch_size,
+        "pooling_size": list(geometry.video_pooling),
+        "resample": _BILINEAR,
+        "rescale_factor": 1 / 255,
+        "return_metadata": False,
+        "size": {"height": geometry.crop_size, "width": geometry.crop_size},
+    }
