@@ -121,6 +121,25 @@ class TextTokenizer:
         """Token ids of `text`; special tokens written out in `text` become their ids."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of people's text: a special token written out in it stays ordinary text."""
+        self.backend.encode_special_tokens = True
+        try:
+            return self.encode(text)
+        finally:
+            self.backend.encode_special_tokens = False
+
+    def token_id(self, name: str) -> int:
+        """Id of the special token called `name`.
+
+        Raises:
+            DataError: the tokenizer has no such token.
+        """
+        found = self.backend.token_to_id(name)
+        if found is None:
+            raise DataError("tokenizer", found=f"no token {name}", mend="add it with special_tokens.add_extra_tokens")
+        return found
+
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens left out."""
         return self.backend.decode(ids, skip_special_tokens=True)
