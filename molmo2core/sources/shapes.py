@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from molmo2core.annotations import Annotation, MediaKind
+from molmo2core.annotations import Annotation, MediaKind, Pointing, Tracking
 from molmo2core.errors import Molmo2Error, exit_with_message
 from molmo2core.examples import Split, Subtitle
 from molmo2core.sources import shapes_annotations as texts
@@ -231,10 +231,10 @@ def _texts(rendered: RenderedRow) -> Iterator[str]:
     yield "user\nassistant\n"
     for annotation in rendered.annotations:
         yield from _strings(dataclasses.asdict(annotation))
-        if hasattr(annotation, "points"):
+        if isinstance(annotation, Pointing):
             yield f'Point to <points coords="1 1 500 250;2 2 500 250">{annotation.label}</points> There are none.'
             yield f"Counting the {annotation.label} shows a total of 1."
-        if hasattr(annotation, "tracks"):
+        if isinstance(annotation, Tracking):
             yield f'<tracks coords="0.5 1 500 250;1.0 1 500 250">{annotation.label}</tracks>'
     for subtitle in rendered.subtitles:
         yield f"subtitle\n{subtitle.text}"

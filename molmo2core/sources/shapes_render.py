@@ -72,13 +72,19 @@ def encode_mp4(scene: MovingScene, *, rotation: int = 0, b_frames: int = 0) -> b
         ticks = [round(time / _TIME_BASE) for time in (*scene.frame_times, scene.duration)]
         lasts = {start: end - start for start, end in itertools.pairwise(ticks)}
         frames = (_video_frame(draw(scene.at(time)), rotation) for time in scene.frame_times)
-        for start, frame in itertools.chain(zip(ticks, frames), [(0, None)]):
-            if frame is not None:
-                frame.pts, frame.time_base = start, _TIME_BASE
-            for packet in stream.encode(frame):
-                packet.duration = lasts[packet.pts]  # else the muxer guesses how long the last frame is shown
-                container.mux(packet)
+        for start, frame in zip(ticks[:-1], frames, strict=True):
+            frame.pts, frame.time_base = start, _TIME_BASE
+            container.mux(_timed(stream.encode(frame), lasts))
+        container.mux(_timed(stream.encode(None), lasts))
     return buffer.getvalue()
+
+
+def _timed(packets: list[av.Packet], lasts: dict[int, int]) -> list[av.Packet]:
+    """The packets with their durations, else the muxer guesses how long the last frame is shown."""
+    for packet in packets:
+        assert packet.pts is not None
+        packet.duration = lasts[packet.pts]
+    return packets
 
 
 def _video_frame(picture: Image.Image, rotation: int) -> av.VideoFrame:
