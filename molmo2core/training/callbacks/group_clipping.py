@@ -1,0 +1,52 @@
+"""Clips gradients, and refuses those that are not finite."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from composer.core import Algorithm, Event
+from torch.distributed.tensor import DTensor
+
+from molmo2core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from composer import Logger, State
+
+
+class GroupClipping(Algorithm):  # type: ignore[misc]
+    """Scales each parameter group's gradient to at most `max_norm`; `norms` holds the norms before scaling.
+
+    Composer's own clipping is over all parameters at once (training_and_evaluation.md 1.3).
+    """
+
+    def __init__(self, max_norm: float) -> None:
+        self.max_norm = max_norm
+        self.norms: dict[str, float] = {}
+
+    def match(self, event: Event, state: State) -> bool:
+        """Between backward and update."""
+        return bool(event == Event.AFTER_TRAIN_BATCH)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Clip.
+
+        Raises:
+            RecipeError: a norm is not finite.  Norms are global, so all ranks raise together, before the update.
+        """
+        for group in state.optimizers[0].param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+            self.norms[group["name"]] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        for name, value in self.norms.items():
+            if not math.isfinite(value):
+                raise RecipeError(
+                    f"training step {int(state.timestamp.batch.value) + 1}",
+                    found=f"gradient norm {value} in {name}",
+                    expected="a finite norm",
+                    mend="lower the learning rates; the last checkpoint before this step is whole",
+                )

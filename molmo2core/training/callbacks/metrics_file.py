@@ -1,0 +1,110 @@
+"""Writes what happened at each step, for the process that follows training and for the person who watches."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+from composer import Callback
+from composer.utils import dist
+
+from molmo2core import storage
+from molmo2core.training.callbacks.group_clipping import GroupClipping
+
+if TYPE_CHECKING:
+    from composer import Logger, State
+
+
+class MetricsFile(Callback):  # type: ignore[misc]
+    """Rank 0 appends one JSON line per step, and prints a line now and then.
+
+    Fields: `step`, `loss` (cross-entropy), `z`, `learning_rate` and `gradient_norm` by group, `packs`, `examples`
+    and `tokens` of the step, `seconds` it took and `time_ms` at its end.
+
+    Args:
+        counts_examples: whether this rank's batch counts; ranks that share sequences see the same batch.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clipping: GroupClipping,
+        counts_examples: bool,
+        steps: int,
+        print_interval: int,
+        name: str,
+    ) -> None:
+        self.path, self.clipping, self.steps, self.name = path, clipping, steps, name
+        self.counts_examples, self.print_interval = counts_examples, print_interval
+        self._file: IO[str] | None = None
+        self._started = self._last = 0.0
+        self._first_step = 0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Drop the lines of steps that a killed run did after its last checkpoint; they will be done again."""
+        self._started = self._last = time.monotonic()
+        self._first_step = int(state.timestamp.batch.value)
+        if dist.get_global_rank() == 0:
+            kept = [line for line in read_metrics(self.path) if line["step"] <= self._first_step]
+            content = "".join(json.dumps(line) + "\n" for line in kept)
+            storage.write_bytes(str(self.path), content.encode())
+            self._file = self.path.open("a")
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """One line."""
+        examples = int(state.batch["num_examples"]) if self.counts_examples else 0
+        if dist.get_world_size() > 1:
+            total = state.device.tensor_to_device(torch.tensor([examples]))
+            dist.all_reduce(total, reduce_operation="SUM")
+            examples = int(total.item())
+        if self._file is None:
+            return
+        now = time.monotonic()
+        before, after = state.previous_timestamp, state.timestamp
+        step = int(after.batch.value)
+        line = {
+            "step": step,
+            "loss": state.total_loss_dict["loss/train/cross_entropy"],
+            "z": state.total_loss_dict["loss/train/z"],
+            "learning_rate": {group["name"]: group["lr"] for group in state.optimizers[0].param_groups},
+            "gradient_norm": dict(self.clipping.norms),
+            "packs": int(after.sample.value - before.sample.value),
+            "examples": examples,
+            "tokens": int(after.token.value - before.token.value),
+            "seconds": round(now - self._last, 4),
+            "time_ms": int(time.time() * 1000),
+        }
+        self._last = now
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if step % self.print_interval == 0 or step == self.steps:
+            pace = (now - self._started) / (step - self._first_step)
+            left = int(pace * (self.steps - step))
+            print(
+                f"{self.name}: step {step}/{self.steps}  loss {line['loss']:.3f}  {pace:.2f} s/step  "
+                f"{left // 60}:{left % 60:02d} left",
+                flush=True,
+            )
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Composer calls this at the end and after an error."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a killed run left unfinished is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,99 @@
+"""Guards against faults of Composer 0.32.1 and torch that would otherwise pass in silence.
+
+Each says what goes wrong without it; tests/unit/test_training_guards.py and tests/distributed show each fault.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from composer import Callback
+from composer.utils import reproducibility
+
+from molmo2core.errors import PlatformError
+
+if TYPE_CHECKING:
+    from composer import Logger, State, Trainer
+
+
+def average_gradients_on_gloo() -> None:
+    """Have FSDP2 average gradients on CPU under torch 2.7.
+
+    Its gloo sums in a reduce-scatter that asks for the average, so gradients come out times the number of ranks.
+    AdamW hides it, clipping and eps do not.  Later versions of torch average and need nothing.
+    """
+    if not torch.__version__.startswith("2.7."):
+        return
+    import torch.distributed.fsdp._fully_shard._fsdp_collectives as collectives
+
+    def divide_after_sum(
+        reduce_scatter_group: Any, all_reduce_group: Any, reduce_dtype: torch.dtype, device_type: str = ""
+    ) -> tuple[float, float]:
+        replicas = all_reduce_group.size() if all_reduce_group is not None else 1
+        return 1.0, float(reduce_scatter_group.size() * replicas)
+
+    collectives._get_gradient_divide_factors = divide_after_sum  # type: ignore[attr-defined, assignment]
+
+
+def check_fsdp2(state: State) -> None:
+    """Whether Composer really shards: a configuration that it does not understand silently gives DDP.
+
+    Raises:
+        PlatformError: it does not.
+    """
+    if not (state.fsdp_enabled and state.fsdp_config_version == 2):
+        raise PlatformError(
+            "Composer", found="the model is not sharded with FSDP2", mend="install the locked version of mosaicml"
+        )
+
+
+class RestoreRandomState(Callback):  # type: ignore[misc]
+    """Loads the checkpoint's random state at the first batch.
+
+    Composer loads it only at batch 0 or when it spins the loader forward itself, so a run whose dataset resumes
+    itself would draw other dropout masks than the undisturbed run.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """After the loader's iterator was made, which draws from the global generator."""
+        if self.trainer is not None and self.trainer._rng_state is not None:
+            reproducibility.load_rng_state(self.trainer._rng_state)
+            self.trainer._rng_state = None
+
+
+_CHECKPOINT = re.compile(r"(?:ep\d+-)?ba(\d+)(?:-rank0\.pt)?")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`: a file on one rank, a folder of shards on several.
+
+    Composer's autoresume trusts a link that it deletes and makes anew at each save: killed in between, the next
+    run starts from step 0; and it takes a half-written file for a checkpoint.
+    """
+    found = [
+        (int(match[1]), path) for path in folder.glob("*ba*") if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
+    return next((path for _, path in sorted(found, reverse=True) if _is_whole(path)), None)
+
+
+def delete_other_checkpoints(folder: Path, kept: Path | None) -> None:
+    """Remove all checkpoints of `folder` but `kept`: Composer rotates only those of its own process."""
+    for path in folder.glob("*ba*"):
+        if path != kept and _CHECKPOINT.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _is_whole(path: Path) -> bool:
+    """torch writes a file's directory last, and a sharded checkpoint's `.metadata` after all shards, by rename."""
+    return (path / ".metadata").is_file() if path.is_dir() else zipfile.is_zipfile(path)

@@ -1,0 +1,55 @@
+"""The model as Composer sees it: a microbatch in, a weighted loss out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from composer.models import ComposerModel
+from torch import Tensor
+
+from molmo2core.model.attention import AttentionMask
+from molmo2core.model.loss import weighted_loss
+from molmo2core.model.molmo2 import Molmo2
+from molmo2core.parallel.fsdp import is_fsdp_unit
+
+_SMALLEST_WEIGHT = 1e-9
+
+
+class TrainedMolmo2(ComposerModel):  # type: ignore[misc]
+    """One child, so that FSDP2 has one root.
+
+    `loss` returns the mean over the microbatch's loss weights.  Composer multiplies it by this microbatch's share of
+    the weights of all ranks and microbatches (`accumulate_train_batch_on_tokens`), so that the gradient is that of
+    sum(w * loss) / sum(w) over the global batch, however it is cut (composer_streaming.md 2).
+    """
+
+    def __init__(self, model: Molmo2, *, z_coefficient: float) -> None:
+        super().__init__()
+        self.model = model
+        self.model.fsdp_wrap_fn = is_fsdp_unit
+        self.z_coefficient = z_coefficient
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """Hidden states [1, N, W] of this rank's share of the sequence."""
+        hidden: Tensor = self.model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            mask=AttentionMask(batch["subsegment_ids"], batch["is_visual"]),
+            crops=batch["crops"],
+            pooling=batch["pooling"],
+            token_dropout=batch["token_dropout"],
+        )
+        return hidden
+
+    def loss(self, outputs: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`total` is differentiated; the others are logged."""
+        parts = weighted_loss(
+            outputs[0],
+            self.model.decoder.head_weight,
+            batch["target_ids"],
+            batch["loss_weights"],
+            self.z_coefficient,
+        )
+        weight = max(batch["loss_weight"], _SMALLEST_WEIGHT)
+        cross_entropy, z = parts.cross_entropy / weight, parts.z / weight
+        return {"total": cross_entropy + z, "cross_entropy": cross_entropy, "z": z}

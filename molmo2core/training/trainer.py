@@ -1,0 +1,236 @@
+"""One training stage under Composer: from a model and a loader to trained weights.
+
+    batch (packs of this rank) -> microbatches -> hidden states -> weighted loss -> backward     per microbatch
+    per-group clipping -> AdamW with per-group learning rates -> metrics -> checkpoint           per step
+
+Several ranks shard parameters with FSDP2 over all of them; `context_parallel` neighbours share each sequence.
+Everything needed to go on after a kill is in the run's folder: Composer's checkpoints and `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import DataSpec, Time, Trainer
+from composer.devices import Device, DeviceCPU, DeviceGPU
+from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.data import DataLoader
+
+from molmo2core.errors import PlatformError, RecipeError
+from molmo2core.examples import Batch
+from molmo2core.model.molmo2 import Molmo2
+from molmo2core.parallel.context_parallel import apply_context_parallel
+from molmo2core.parallel.mesh import build_mesh
+from molmo2core.training.callbacks.finite_loss import FiniteLoss
+from molmo2core.training.callbacks.graceful_stop import GracefulStop
+from molmo2core.training.callbacks.group_clipping import GroupClipping
+from molmo2core.training.callbacks.group_learning_rates import GroupLearningRates
+from molmo2core.training.callbacks.metrics_file import MetricsFile
+from molmo2core.training.composer_guards import (
+    RestoreRandomState,
+    average_gradients_on_gloo,
+    check_fsdp2,
+    delete_other_checkpoints,
+    newest_checkpoint,
+)
+from molmo2core.training.composer_model import TrainedMolmo2
+from molmo2core.training.config import TrainingConfig
+from molmo2core.training.microbatch import MicrobatchMaker, NoCopy
+from molmo2core.training.optimizer import build_optimizer
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS_KEPT = 2
+MERGED_TOKENS = 8192
+"""On a CPU, packs are merged into passes of at most this many tokens."""
+_TIMEOUT_SECONDS = 1800.0
+
+
+def start_ranks(config: TrainingConfig) -> tuple[Device, int, int]:
+    """Join this node's process group; return the device, this rank's data-parallel group and its place in it.
+
+    The two integers are the coordinates of the (dp, cp) mesh; ranks with equal first coordinate share sequences.
+
+    Raises:
+        RecipeError: the precision does not exist on this device.
+    """
+    device: Device = DeviceGPU() if torch.cuda.is_available() else DeviceCPU()
+    if isinstance(device, DeviceCPU) and config.precision != "fp32":
+        raise RecipeError(
+            "training.precision", found=f"{config.precision!r} on a CPU", expected="'fp32'", mend="train on a GPU"
+        )
+    cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.threads_per_process or max(1, (cores or 1) // dist.get_local_world_size()))
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(device, timeout=_TIMEOUT_SECONDS)
+    rank = dist.get_global_rank()
+    return device, rank // config.context_parallel, rank % config.context_parallel
+
+
+def train(
+    model: Molmo2,
+    loader: DataLoader[Batch],
+    config: TrainingConfig,
+    *,
+    device: Device,
+    folder: Path,
+    name: str,
+    seed: int,
+    sequence_tokens: int,
+) -> dict[str, torch.Tensor] | None:
+    """Train `model`, from the newest checkpoint in `folder` if there is one, to the last step.
+
+    Args:
+        model: the same weights on every rank, on CPU.
+        loader: batches of this rank's packs; its dataset has `state_dict(num_samples, from_beginning)` and
+            `load_state_dict`, where a sample is a pack of any rank.
+        folder: where checkpoints and metrics go, the same for all ranks.
+        name: what step lines begin with.
+        sequence_tokens: longest pack.
+
+    Returns:
+        On rank 0 all trained parameters on CPU, by Molmo2's names; None on other ranks.
+
+    Raises:
+        PlatformError: training was asked to stop; a checkpoint of the last step done is in `folder`.
+        RecipeError: loss or gradients are not finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.steps == 0:
+        return dict(model.state_dict()) if dist.get_global_rank() == 0 else None
+    stop = GracefulStop()
+    trainer = build_trainer(
+        model,
+        loader,
+        config,
+        device=device,
+        folder=folder,
+        name=name,
+        seed=seed,
+        sequence_tokens=sequence_tokens,
+        stop=stop,
+    )
+    try:
+        trainer.fit()
+        step = int(trainer.state.timestamp.batch.value)
+        if stop.stopped and step < config.steps:
+            raise PlatformError(
+                name, found=f"asked to stop after step {step} of {config.steps}", mend="run it again to continue"
+            )
+        weights = get_model_state_dict(
+            trainer.state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+    finally:
+        trainer.close()
+    return _without_prefix(weights) if dist.get_global_rank() == 0 else None
+
+
+def build_trainer(
+    model: Molmo2,
+    loader: DataLoader[Batch],
+    config: TrainingConfig,
+    *,
+    device: Device,
+    folder: Path,
+    name: str,
+    seed: int,
+    sequence_tokens: int,
+    stop: GracefulStop,
+) -> Trainer:
+    """Composer's Trainer with every seam of DECISIONS D9; see `train`."""
+    warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
+    ranks = dist.get_world_size()
+    context_rank = dist.get_global_rank() % config.context_parallel
+    if ranks > 1 and isinstance(device, DeviceCPU):
+        average_gradients_on_gloo()
+    if config.context_parallel > 1:
+        mesh = build_mesh(ranks, config.context_parallel, "cuda" if isinstance(device, DeviceGPU) else "cpu")
+        apply_context_parallel(model, mesh.get_group("cp"))
+    checkpoint = newest_checkpoint(folder)
+    dist.barrier()  # all have looked before rank 0 tidies up
+    if dist.get_global_rank() == 0:
+        delete_other_checkpoints(folder, checkpoint)
+    clipping = GroupClipping(config.optimizer.clip_norm)
+    restore = RestoreRandomState()
+    model.train()
+    trainer = Trainer(
+        model=TrainedMolmo2(model, z_coefficient=config.z_loss),
+        train_dataloader=_data_spec(loader, model, config, context_rank),
+        max_duration=Time.from_batch(config.steps),
+        optimizers=build_optimizer(model, config.optimizer),
+        algorithms=[clipping],
+        callbacks=[
+            GroupLearningRates(config.optimizer, config.steps),
+            restore,
+            FiniteLoss(),
+            MetricsFile(
+                folder / METRICS,
+                clipping=clipping,
+                counts_examples=context_rank == 0,
+                steps=config.steps,
+                print_interval=config.log_interval_steps,
+                name=name,
+            ),
+            stop,
+        ],
+        device=device,
+        precision=config.precision,
+        device_train_microbatch_size=_packs_per_microbatch(config, device, sequence_tokens),
+        accumulate_train_batch_on_tokens=True,
+        parallelism_config=ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="sharded")) if ranks > 1 else None,
+        seed=seed,
+        dist_timeout=_TIMEOUT_SECONDS,
+        run_name=name,
+        progress_bar=False,
+        load_path=str(checkpoint) if checkpoint else None,
+        load_progress_bar=False,
+        save_folder=str(folder),
+        save_filename="ba{batch}-rank{rank}.pt",
+        save_latest_filename=None,
+        save_interval=Time.from_batch(config.save_interval_steps),
+        save_num_checkpoints_to_keep=CHECKPOINTS_KEPT,
+        save_overwrite=True,
+    )
+    restore.trainer = trainer
+    if ranks > 1:
+        check_fsdp2(trainer.state)
+    return trainer
+
+
+def _data_spec(loader: DataLoader[Batch], model: Molmo2, config: TrainingConfig, context_rank: int) -> DataSpec:
+    maker = MicrobatchMaker(
+        im_patch_id=model.im_patch_id,
+        dropout=config.dropout,
+        context_rank=context_rank,
+        context_size=config.context_parallel,
+    )
+    counts = int(context_rank == 0)  # of ranks that share packs, one counts them
+
+    def num_tokens(batch: Mapping[str, Any]) -> dict[str, int | float]:
+        return {"total": counts * batch.get("num_tokens", 0), "loss_generating": batch["loss_weight"]}
+
+    return DataSpec(
+        loader,
+        split_batch=maker.split,
+        microbatch_transforms=NoCopy,
+        get_num_samples_in_batch=lambda batch: counts * len(batch["packs"]),
+        get_num_tokens_in_batch=num_tokens,
+    )
+
+
+def _packs_per_microbatch(config: TrainingConfig, device: Device, sequence_tokens: int) -> int:
+    """One on a GPU; on a CPU as many of this rank's packs as MERGED_TOKENS hold, the same on all ranks."""
+    if not isinstance(device, DeviceCPU):
+        return 1
+    packs = config.global_batch_packs // config.data_parallel
+    return max(1, min(packs, MERGED_TOKENS // sequence_tokens))
+
+
+def _without_prefix(weights: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("model."): value for name, value in weights.items()}
