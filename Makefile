@@ -26,7 +26,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@usable='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'; \
 	if ! { $(PYTHON) -c "$$usable" && { $(PYTHON) -m uv --version || $(PYTHON) -m pip --version; }; } >/dev/null 2>&1; then \
 	    found=; \
-	    for candidate in python3.12 python3.11 python3 python; do \
+	    for candidate in python3.11 python3.12 python3 python; do \
 	        if $$candidate -c "import ensurepip, venv; $$usable" >/dev/null 2>&1; then found=$$candidate; break; fi; \
 	    done; \
 	    if [ -z "$$found" ]; then \

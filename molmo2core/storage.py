@@ -1,8 +1,9 @@
 """Files on a local disk or behind `s3://` (boto3), and folders that become visible whole or not at all.
 
 A *committed folder* is immutable: its files, then `_SUCCESS.json` last, which lists every file with size and
-sha256.  Local folders are prepared beside their destination and renamed; S3 folders get their marker by a conditional
-put.  Readers refuse a folder without its marker, so a killed writer leaves nothing that a later stage can see.
+sha256.  Local folders are prepared beside their destination and renamed; on S3 each writer uploads to a folder of its
+own, and a conditional put decides to which of them the marker points (`CommittedFolder.uri`).  Readers refuse a folder
+without its marker, so a killed writer leaves nothing that a later stage can see.
 
 The endpoint of S3 comes from the environment (`AWS_ENDPOINT_URL_S3`, mlflow_gx_mds_s3.md 4.2).
 """
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 MARKER = "_SUCCESS.json"
 _BLOCK = 1 << 20
+_MISSING = ("404", "NoSuchKey", "NoSuchBucket")
+_DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,7 @@ class CommittedFolder:
     """A folder whose marker was read."""
 
     uri: str
+    """Where its files are: what references carry.  On S3 a folder below the one that was committed."""
     files: dict[str, dict[str, Any]]
     """Relative name -> {"bytes": int, "sha256": str}."""
     meta: dict[str, Any]
@@ -99,30 +104,21 @@ def write_bytes(uri: str, content: bytes) -> None:
         with _s3_errors(uri):
             _client().put_object(Body=content, **_bucket_key(uri))
         return
-    path = Path(uri)
-    with _disk_errors(uri):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+    with _replacement(Path(uri)) as temporary:
+        temporary.write_bytes(content)
 
 
 def exists(uri: str) -> bool:
     """Whether one file exists."""
     if not is_remote(uri):
         return Path(uri).is_file()
-    try:
-        with _s3_errors(uri):
+    with _s3_errors(uri):
+        try:
             _client().head_object(**_bucket_key(uri))
-    except DataError:
-        return False
+        except _client().exceptions.ClientError as error:
+            if error.response["Error"]["Code"] not in _MISSING:  # no access is not the same as no file
+                raise
+            return False
     return True
 
 
@@ -142,12 +138,9 @@ def download(uri: str, destination: Path) -> Path:
     if not is_remote(uri):
         write_bytes(str(destination), read_bytes(uri))
         return destination
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.part")
     location = _bucket_key(uri)
-    with _s3_errors(uri), _disk_errors(str(destination)):
+    with _s3_errors(uri), _replacement(destination) as temporary:
         _client().download_file(location["Bucket"], location["Key"], str(temporary))
-        os.replace(temporary, destination)
     return destination
 
 
@@ -181,8 +174,11 @@ def open_committed(uri: str) -> CommittedFolder:
     """
     if not is_committed(uri):
         raise DataError(uri, found="no committed folder", expected=MARKER, mend="run the stage that writes it")
-    marker = json.loads(read_bytes(join(uri, MARKER)))
-    return CommittedFolder(uri=uri, files=marker["files"], meta=marker["meta"])
+    try:
+        marker = json.loads(read_bytes(join(uri, MARKER)))
+        return CommittedFolder(uri=join(uri, *marker["at"]), files=marker["files"], meta=marker["meta"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(join(uri, MARKER), found=f"a damaged marker ({error})", mend="delete the folder") from error
 
 
 def fetch_committed(uri: str, cache: Path) -> Path:
@@ -202,9 +198,9 @@ def fetch_committed(uri: str, cache: Path) -> Path:
 
     def copy(destination: Path) -> dict[str, Any]:
         for name, facts in folder.files.items():
-            path = download(join(uri, name), destination / name)
+            path = download(join(folder.uri, name), destination / name)
             if file_sha256(path) != facts["sha256"]:
-                raise DataError(join(uri, name), found="another checksum", expected=facts["sha256"])
+                raise DataError(join(folder.uri, name), found="another checksum", expected=facts["sha256"])
         return folder.meta
 
     commit_folder(str(local), copy)
@@ -220,6 +216,9 @@ def commit_folder(uri: str, fill: Callable[[Path], dict[str, Any]]) -> Committed
     Args:
         uri: destination folder, local or `s3://`.
         fill: writes the files and returns the marker's `meta`.
+
+    Returns:
+        The folder that stands; references carry its `uri`.
 
     Raises:
         PlatformError: the disk is full or the object store failed; nothing is visible at `uri` then.
@@ -237,11 +236,11 @@ def commit_folder(uri: str, fill: Callable[[Path], dict[str, Any]]) -> Committed
                 name: {"bytes": (attempt / name).stat().st_size, "sha256": file_sha256(attempt / name)}
                 for name in list_files(str(attempt))
             }
-            marker = json.dumps({"files": files, "meta": meta}, sort_keys=True, indent=1).encode()
+            marker = {"files": files, "meta": meta, "at": []}
+            write_bytes(str(attempt / MARKER), _marker_bytes(marker))
             if is_remote(uri):
-                _publish_remote(uri, attempt, list(files), marker)
+                _publish_remote(uri, attempt, marker)
             else:
-                write_bytes(str(attempt / MARKER), marker)
                 attempt.chmod(0o755)
                 _rename_folder(attempt, Path(uri))
     finally:
@@ -261,14 +260,24 @@ def _rename_folder(attempt: Path, destination: Path) -> None:
             ) from error
 
 
-def _publish_remote(uri: str, attempt: Path, names: list[str], marker: bytes) -> None:
+def _marker_bytes(marker: dict[str, Any]) -> bytes:
+    return json.dumps(marker, sort_keys=True, indent=1).encode()
+
+
+def _publish_remote(uri: str, attempt: Path, marker: dict[str, Any]) -> None:
+    """Upload to a folder of this attempt alone, then let the marker at `uri` point to it unless another's does.
+
+    Uploading to `uri` itself would let a late writer put its files over those of the writer that committed.
+    """
     client = _client()
+    at = f"by{attempt.name.replace('.', '-')}"
     with _s3_errors(uri):
-        for name in names:
-            location = _bucket_key(join(uri, name))
+        for name in [*marker["files"], MARKER]:
+            location = _bucket_key(join(uri, at, name))
             client.upload_file(str(attempt / name), location["Bucket"], location["Key"])
         try:
-            client.put_object(Body=marker, IfNoneMatch="*", **_bucket_key(join(uri, MARKER)))
+            pointer = _marker_bytes(marker | {"at": [at]})
+            client.put_object(Body=pointer, IfNoneMatch="*", **_bucket_key(join(uri, MARKER)))
         except client.exceptions.ClientError as error:
             if error.response["Error"]["Code"] not in ("PreconditionFailed", "412"):
                 raise
@@ -279,6 +288,9 @@ def _client() -> S3Client:
     import boto3
 
     return boto3.client("s3")
+
+
+os.register_at_fork(after_in_child=_client.cache_clear)  # connections must not be shared with a loader worker
 
 
 class _Location(TypedDict):
@@ -293,15 +305,17 @@ def _bucket_key(uri: str) -> _Location:
 
 @contextmanager
 def _s3_errors(uri: str) -> Iterator[None]:
+    from boto3.exceptions import S3UploadFailedError
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
-    except ClientError as error:
-        code = error.response["Error"]["Code"]
-        if code in ("404", "NoSuchKey", "NoSuchBucket"):
-            raise DataError(uri, found="no such object", mend="check the address") from error
-        if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+    except (ClientError, S3UploadFailedError) as error:
+        cause = error.__context__ if isinstance(error, S3UploadFailedError) else error
+        code = cause.response["Error"]["Code"] if isinstance(cause, ClientError) else ""
+        if code in _MISSING:
+            raise DataError(uri, found=f"no such object or bucket ({code})", mend="check the address") from error
+        if code in _DENIED:
             raise DataError(uri, found=f"access denied ({code})", mend="check credentials and rights") from error
         raise PlatformError(uri, found=f"object store: {error}") from error
     except BotoCoreError as error:
@@ -309,11 +323,30 @@ def _s3_errors(uri: str) -> Iterator[None]:
 
 
 @contextmanager
+def _replacement(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place when the block ends without an error."""
+    with _disk_errors(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o644)  # mkstemp's 0600 would hide it from another user's pod
+            os.fsync(handle)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
+
+
+@contextmanager
 def _disk_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in _CANNOT_WRITE:
             raise
         raise PlatformError(
             uri, found=f"cannot write: {error.strerror}", mend="free space or choose another workspace"
