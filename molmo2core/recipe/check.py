@@ -1,0 +1,232 @@
+"""Rules across sections of a recipe: what no single config class can see.  Each error names both numbers and the rule."""
+
+from __future__ import annotations
+
+import math
+
+from molmo2core.errors import RecipeError
+from molmo2core.model.config import ModelConfig, named_config
+from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
+from molmo2core.recipe.schema import Recipe, StageRecipe
+from molmo2core.recipe.sections import STAGE_NAMES
+
+_FRAME_TEXT_TOKENS = 5
+"""Tokens of the time stamp before a frame, "12.5 " with Qwen's one token per digit (data.md 0.1)."""
+
+
+def check_recipe(recipe: Recipe, *, where: str = "recipe") -> None:
+    """Check everything that can be known without data.
+
+    Raises:
+        RecipeError: the first rule that is broken.
+    """
+    model = named_config(recipe.model.size)
+    for name in STAGE_NAMES:
+        stage: StageRecipe = getattr(recipe.train, name)
+        place = f"{where}: train.{name}"
+        _check_numbers(stage, place)
+        _check_mixture(stage, recipe, place)
+        _check_ranks(stage, model, place)
+        _check_budgets(stage, model, place)
+        _check_resources(stage, recipe, place)
+    _check_vocabulary(recipe, model, where)
+    _check_evaluation(recipe, model, where)
+
+
+def largest_image_tokens(geometry: VisualGeometry, max_crops: int) -> int:
+    """Visual tokens of the largest image: low-resolution view and the tiling that costs most (data.md 0.1)."""
+    rows_per_token, columns_per_token = geometry.image_pooling
+    margin = sum(geometry.overlap_margins)
+    window = geometry.grid - margin
+    low = math.ceil(geometry.grid / rows_per_token) * math.ceil(geometry.grid / columns_per_token) + 2
+
+    def high(rows: int, columns: int) -> int:
+        height = math.ceil((window * rows + margin) / rows_per_token)
+        width = math.ceil((window * columns + margin) / columns_per_token)
+        return height * (width + 1) + 2
+
+    tilings = ((rows, max_crops // rows) for rows in range(1, max_crops + 1))
+    return low + max(high(rows, columns) for rows, columns in tilings)
+
+
+def largest_video_tokens(geometry: VisualGeometry, max_frames: int) -> int:
+    """Tokens of a video with `max_frames` frames, time stamps included."""
+    patches = math.ceil(geometry.grid / geometry.video_pooling[0]) * math.ceil(
+        geometry.grid / geometry.video_pooling[1]
+    )
+    return max_frames * (patches + 2 + _FRAME_TEXT_TOKENS)
+
+
+def _require(holds: bool, place: str, found: str, expected: str, mend: str = "") -> None:
+    if not holds:
+        raise RecipeError(place, found=found, expected=expected, mend=mend)
+
+
+def _check_numbers(stage: StageRecipe, place: str) -> None:
+    _require(stage.steps >= 0, place, f"steps {stage.steps}", "0 or more")
+    for name in ("global_batch_packs", "num_processes", "num_nodes", "context_parallel", "save_interval_steps"):
+        value = getattr(stage, name)
+        _require(value >= 1, place, f"{name} {value}", "1 or more")
+    for name in ("sequence_tokens", "crop_budget", "window"):
+        value = getattr(stage.packing, name)
+        _require(value >= 1, place, f"packing.{name} {value}", "1 or more")
+    _check_limits(stage.preprocessing, place)
+    _require(stage.precision in ("fp32", "amp_bf16"), place, f"precision {stage.precision!r}", "fp32 or amp_bf16")
+    for name in ("residual", "response_residual"):
+        value = getattr(stage.dropout, name)
+        _require(0 <= value < 1, place, f"dropout.{name} {value}", "a share, 0 <= p < 1")
+
+
+def _check_limits(limits: PreprocessingConfig, place: str) -> None:
+    for name in ("max_crops", "max_images", "max_frames", "max_fps"):
+        value = getattr(limits, name)
+        _require(value > 0, place, f"preprocessing.{name} {value}", "more than 0")
+
+
+def _check_mixture(stage: StageRecipe, recipe: Recipe, place: str) -> None:
+    known = recipe.data.manifests
+    group_of: dict[str, str] = {}
+    for name, group in stage.mixture.items():
+        _require(group.rate >= 0, place, f"mixture.{name}.rate {group.rate}", "0 or more")
+        _require(bool(group.datasets), place, f"mixture.{name} without datasets", "at least one")
+        for dataset in group.datasets:
+            _require(
+                dataset in known,
+                place,
+                f"dataset {dataset!r} of mixture.{name} is not in data.manifests",
+                f"one of {', '.join(known)}",
+                f"add data.manifests.{dataset} or take it out of the mixture",
+            )
+            _require(
+                dataset not in group_of,
+                place,
+                f"dataset {dataset!r} in mixture.{group_of.get(dataset)} and mixture.{name}",
+                "each dataset in one group, or one of the two rates would be lost",
+            )
+            group_of[dataset] = name
+    total = sum(group.rate for group in stage.mixture.values())
+    _require(total > 0, place, f"mixture rates that sum to {total}", "at least one rate above 0")
+
+
+def _check_ranks(stage: StageRecipe, model: ModelConfig, place: str) -> None:
+    parallel, world, decoder = stage.context_parallel, stage.world_size, model.decoder
+    _require(
+        world % parallel == 0,
+        place,
+        f"context_parallel {parallel} with {stage.num_processes} x {stage.num_nodes} = {world} processes",
+        "a number of processes that context_parallel divides",
+    )
+    for name in ("num_heads", "num_kv_heads"):
+        heads = getattr(decoder, name)
+        _require(
+            heads % parallel == 0,
+            place,
+            f"context_parallel {parallel} with {heads} decoder {name}",
+            "a divisor of both numbers of heads, since the Ulysses exchange shares heads out over ranks",
+        )
+    tokens = stage.packing.sequence_tokens
+    _require(
+        tokens % parallel == 0,
+        place,
+        f"sequence_tokens {tokens} with context_parallel {parallel}",
+        "a sequence that context_parallel divides",
+    )
+    _require(
+        stage.global_batch_packs % stage.data_parallel == 0,
+        place,
+        f"global_batch_packs {stage.global_batch_packs} over {world} / {parallel} = {stage.data_parallel} "
+        "data-parallel groups",
+        "a multiple of the number of groups",
+    )
+
+
+def _check_budgets(stage: StageRecipe, model: ModelConfig, place: str) -> None:
+    packing, limits = stage.packing, stage.preprocessing
+    tokens, positions = packing.sequence_tokens, model.decoder.max_position_embeddings
+    _require(
+        tokens <= positions,
+        place,
+        f"sequence_tokens {tokens} with max_position_embeddings {positions}",
+        "a sequence that the model has positions for",
+    )
+    crops = limits.max_images * (limits.max_crops + 1)
+    _require(
+        packing.crop_budget >= limits.max_frames,
+        place,
+        f"crop_budget {packing.crop_budget} with max_frames {limits.max_frames}",
+        "a budget that one whole video fits into",
+    )
+    _require(
+        packing.crop_budget >= crops,
+        place,
+        f"crop_budget {packing.crop_budget} with {limits.max_images} images x ({limits.max_crops} + 1) crops = {crops}",
+        "a budget that one whole image set fits into",
+    )
+    images = limits.max_images * largest_image_tokens(model.geometry, limits.max_crops)
+    video = largest_video_tokens(model.geometry, limits.max_frames)
+    _require(
+        tokens > images,
+        place,
+        f"sequence_tokens {tokens}, while {limits.max_images} images of {limits.max_crops} crops take {images}",
+        "a sequence that one whole image set and its text fit into",
+        "raise packing.sequence_tokens or lower preprocessing.max_crops or max_images",
+    )
+    _require(
+        tokens > video,
+        place,
+        f"sequence_tokens {tokens}, while {limits.max_frames} frames take about {video}",
+        "a sequence that one whole video and its text fit into",
+        "raise packing.sequence_tokens or lower preprocessing.max_frames",
+    )
+
+
+def _check_resources(stage: StageRecipe, recipe: Recipe, place: str) -> None:
+    if "train" not in recipe.resources:
+        return
+    gpus = recipe.resources["train"].gpus
+    _require(
+        gpus in (0, stage.num_processes),
+        place,
+        f"num_processes {stage.num_processes} with resources.train.gpus {gpus}",
+        "one process per GPU of a node, or no GPU at all",
+    )
+
+
+def _check_vocabulary(recipe: Recipe, model: ModelConfig, where: str) -> None:
+    shapes, vocab_size = recipe.data.shapes, model.decoder.vocab_size
+    if shapes is None or not recipe.model.tokenizer.startswith("corpus/"):
+        return
+    _require(
+        shapes.vocab_size == vocab_size,
+        where,
+        f"data.shapes.vocab_size {shapes.vocab_size} with model size {recipe.model.size!r}, "
+        f"whose vocabulary has {vocab_size} rows",
+        "the same number, since the extra tokens follow the base vocabulary",
+    )
+
+
+def _check_evaluation(recipe: Recipe, model: ModelConfig, where: str) -> None:
+    evaluation, place = recipe.evaluate, f"{where}: evaluate"
+    _check_limits(evaluation.preprocessing, place)
+    _require(
+        bool(evaluation.gate),
+        place,
+        "a gate without rules",
+        "at least one rule, or every model would be promoted",
+    )
+    for index, rule in enumerate(evaluation.gate):
+        _require(
+            "/" in rule.metric,
+            place,
+            f"gate.{index}.metric {rule.metric!r}",
+            "<task>/<measure>, e.g. image_qa/accuracy",
+        )
+    positions = model.decoder.max_position_embeddings
+    video = largest_video_tokens(model.geometry, evaluation.preprocessing.max_frames) + evaluation.max_new_tokens
+    _require(
+        video <= positions,
+        place,
+        f"{evaluation.preprocessing.max_frames} frames and {evaluation.max_new_tokens} new tokens take about {video} "
+        f"tokens with max_position_embeddings {positions}",
+        "a prompt that the model has positions for",
+    )
