@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,6 +107,29 @@ def write_bytes(uri: str, content: bytes) -> None:
         return
     with _replacement(Path(uri)) as temporary:
         temporary.write_bytes(content)
+
+
+def create_bytes(uri: str, content: bytes) -> bool:
+    """Write one file whole, only if there is none: whether it was written.  Of several writers exactly one succeeds."""
+    if is_remote(uri):
+        client = _client()
+        with _s3_errors(uri):
+            try:
+                client.put_object(Body=content, IfNoneMatch="*", **_bucket_key(uri))
+            except client.exceptions.ClientError as error:
+                if error.response["Error"]["Code"] not in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
+                    raise
+                return False
+        return True
+    prepared = f"{uri}.{os.getpid()}.{threading.get_ident()}"
+    try:
+        write_bytes(prepared, content)
+        os.link(prepared, uri)  # unlike a rename, it fails if the file exists; unlike O_EXCL, the file appears whole
+    except FileExistsError:
+        return False
+    finally:
+        Path(prepared).unlink(missing_ok=True)
+    return True
 
 
 def exists(uri: str) -> bool:
