@@ -1,0 +1,140 @@
+"""An export is accepted only if transformers' own Molmo2 and processor give what this project's code gives."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from molmo2core.checkpoints.hf_config import read_json
+from molmo2core.checkpoints.native import load_native, native_logits, our_logits
+from molmo2core.checkpoints.probes import probe_examples, probe_prompts
+from molmo2core.errors import CheckpointError
+from molmo2core.examples import TokenizedExample
+from molmo2core.model.molmo2 import Molmo2
+from molmo2core.preprocessing.config import PreprocessingConfig
+from molmo2core.special_tokens import CHAT_END, CHAT_START, TextTokenizer, load_tokenizer
+
+_MIXED = "image, images and text in one padded batch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was compared and how close it was."""
+
+    max_difference: dict[str, float]
+    """By probe: largest difference of any logit, relative to the largest logit of all probes."""
+    max_logit: float
+    max_pixel_difference: float
+    """Between transformers' image processor and ours, in units of one byte step."""
+
+    @property
+    def worst(self) -> float:
+        """Largest of `max_difference`."""
+        return max(self.max_difference.values())
+
+
+def verify_export(folder: Path, model: Molmo2, *, tolerance: float, preprocessing: PreprocessingConfig) -> Verification:
+    """Compare the exported `folder` with the `model` it was made from.
+
+    Loads the folder with transformers' own classes in float32 on CPU and compares all logits on the probes (text,
+    image, several images, video, a padded batch), and its processor's ids, pooling and pixels on an image prompt.
+
+    Args:
+        tolerance: largest difference of a logit, relative to the largest logit.
+        preprocessing: the limits that the export was written with.
+
+    Raises:
+        CheckpointError: transformers does not load it, or something differs; the message gives both numbers.
+    """
+    prompts = probe_prompts(folder, model.config.geometry, preprocessing)
+    tokenizer = load_tokenizer(folder)
+    reference = _as_stored(model, read_json(folder / "config.json")["dtype"])
+    differences, largest = _compare_logits(load_native(folder), reference, prompts, tokenizer.special.pad)
+    verification = Verification(
+        max_difference={kind: difference / largest for kind, difference in differences.items()},
+        max_logit=largest,
+        max_pixel_difference=_compare_processor(folder, prompts["image"], tokenizer),
+    )
+    for kind, difference in verification.max_difference.items():
+        if not difference <= tolerance:  # NaN is no agreement
+            raise CheckpointError(
+                f"{folder}: logits of transformers' Molmo2 on the probe '{kind}'",
+                found=f"differ by up to {difference:.3g} of the largest logit ({largest:.3g})",
+                expected=f"at most {tolerance:.3g}",
+                mend="report this: the export must not be used",
+            )
+    return verification
+
+
+def _as_stored(model: Molmo2, dtype: str) -> Molmo2:
+    """`model` with the rounding that the export's dtype brings, in float32."""
+    if dtype == "float32" and all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        return model.eval()
+    return copy.deepcopy(model).to(getattr(torch, dtype)).float().eval()
+
+
+@torch.inference_mode()
+def _compare_logits(
+    native: Any, model: Molmo2, prompts: Mapping[str, TokenizedExample], pad_id: int
+) -> tuple[dict[str, float], float]:
+    """Largest absolute difference by probe, and the largest absolute logit of all."""
+    batches: dict[str, Sequence[TokenizedExample]] = {kind: [prompt] for kind, prompt in prompts.items()}
+    batches[_MIXED] = [prompts["image"], prompts["images"], prompts["text"]]
+    differences: dict[str, float] = {}
+    largest = 0.0
+    for kind, batch in batches.items():
+        ours = torch.cat(our_logits(model, batch, pad_id=pad_id))
+        theirs = torch.cat(native_logits(native, batch, pad_id=pad_id, video=kind == "video"))
+        differences[kind] = float((ours - theirs).abs().max())
+        largest = max(largest, float(ours.abs().max()))
+    return differences, largest
+
+
+def _compare_processor(folder: Path, prompt: TokenizedExample, tokenizer: TextTokenizer) -> float:
+    """Largest difference of a pixel in byte steps, after ids and pooling were found equal."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(folder), found=f"transformers cannot load its processor: {error}") from error
+    image = Image.open(io.BytesIO(probe_examples()["image"].media.files[0]))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": _user_text(prompt, tokenizer)}]
+    theirs: Mapping[str, Tensor] = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    pooling = theirs["image_token_pooling"].numpy()
+    padded = np.pad(pooling, ((0, 0), (0, prompt.pooling.shape[1] - pooling.shape[1])), constant_values=-1)
+    for name, found, expected in (
+        ("input_ids", theirs["input_ids"][0].numpy(), prompt.input_ids),
+        ("mm_token_type_ids", theirs["mm_token_type_ids"][0].numpy().astype(bool), prompt.is_visual),
+        ("image_token_pooling", padded, prompt.pooling),
+    ):
+        if not np.array_equal(found, expected):
+            raise CheckpointError(
+                f"{folder}: {name} of transformers' processor on an image prompt",
+                found=f"shape {found.shape}, begins with {found.reshape(-1)[:8].tolist()}",
+                expected=f"shape {expected.shape}, begins with {expected.reshape(-1)[:8].tolist()}",
+                mend="report this: the export must not be used",
+            )
+    pixels = (theirs["pixel_values"] + 1) * 127.5
+    return float((pixels - torch.from_numpy(prompt.crops).float()).abs().max())
+
+
+def _user_text(prompt: TokenizedExample, tokenizer: TextTokenizer) -> str:
+    """What stands in the user's turn of a prompt, style prefix included."""
+    text: str = tokenizer.backend.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
+    return text.split(f"{CHAT_START}user\n", 1)[1].split(CHAT_END, 1)[0]
