@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 EXIT_USER_CAN_MEND = 2
 EXIT_WORTH_RETRYING = 75  # EX_TEMPFAIL of sysexits.h
@@ -73,3 +74,12 @@ def exit_with_message(error: BaseException) -> int:
     print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
     traceback.print_exception(error, file=sys.stderr)
     return 1
+
+
+@contextmanager
+def message_first() -> Iterator[None]:
+    """Turn any error inside into `exit_with_message` and its exit code: what a pipeline step shows when it fails."""
+    try:
+        yield
+    except Exception as error:
+        raise SystemExit(exit_with_message(error)) from None

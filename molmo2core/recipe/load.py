@@ -11,7 +11,7 @@ import difflib
 import functools
 import json
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
@@ -88,7 +88,7 @@ def flatten(section: object) -> dict[str, Any]:
 
 
 @functools.cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     # Inside a dict, because pydantic takes no config for a dataclass itself; stdlib dataclasses inherit it.
     config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     return TypeAdapter(dict[str, kind], config=config)  # type: ignore[valid-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,3 +25,7 @@ class StageReport:
     def to_json(self) -> dict[str, Any]:
         """As a JSON object (Reference.report)."""
         return dataclasses.asdict(self)
+
+    def finite_metrics(self) -> dict[str, float]:
+        """The metrics that JSON, and so dsl.Metrics, can carry."""
+        return {name: value for name, value in self.metrics.items() if math.isfinite(value)}
