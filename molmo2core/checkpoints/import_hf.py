@@ -1,30 +1,23 @@
-"""Weights from outside: a whole Molmo2 in the released format, or Qwen3 / OLMo3 and SigLIP2 base models.
-
-Addresses are folders (absolute, in the workspace, `s3://`) or `hf://organisation/name[@revision]`.
-"""
+"""Weights from outside: a whole Molmo2 in the released format, or Qwen3 / OLMo3 and SigLIP2 base models."""
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from molmo2core import storage
 from molmo2core.checkpoints.config import InitialWeights
+from molmo2core.checkpoints.fetch import WEIGHT_FILES, fetched_folder
 from molmo2core.checkpoints.hf_config import read_json, read_model_config, same_model
 from molmo2core.checkpoints.hf_mapping import Read, check_names, checked_shape, from_released, released_shapes
 from molmo2core.checkpoints.weight_files import WeightFiles
-from molmo2core.errors import CheckpointError, PlatformError, RecipeError
+from molmo2core.errors import CheckpointError, RecipeError
 from molmo2core.model.config import DecoderConfig, ModelConfig
 from molmo2core.model.molmo2 import Molmo2, build_model
-
-HUB = "hf://"
 
 
 def initial_model(config: ModelConfig, weights: InitialWeights, *, seed: int, workspace: str) -> Molmo2:
@@ -48,7 +41,7 @@ def initial_model(config: ModelConfig, weights: InitialWeights, *, seed: int, wo
         (weights.vision_encoder, load_vision_encoder),
     ):
         if uri:
-            with weights_folder(uri, workspace) as folder:
+            with fetched_folder(uri, workspace, WEIGHT_FILES) as folder:
                 load(folder, model)
     return model
 
@@ -116,35 +109,6 @@ def load_vision_encoder(folder: Path, model: Molmo2) -> None:
                 yield f"vision_encoder.{ours}", tensor
 
         _copy(tensors(), model, str(folder))
-
-
-@contextmanager
-def weights_folder(uri: str, workspace: str) -> Iterator[Path]:
-    """A local folder with the files of `uri`, gone afterwards when it was copied from an object store.
-
-    Raises:
-        CheckpointError: no such model on the hub.
-        DataError: no such folder.
-        PlatformError: the object store or the hub failed.
-    """
-    if uri.startswith(HUB):
-        yield _hub_folder(uri)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield storage.fetch_folder(storage.resolve(workspace, uri), Path(temporary))
-
-
-def _hub_folder(uri: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    name, _, revision = uri.removeprefix(HUB).partition("@")
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]))
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise CheckpointError(uri, found="no such model on the hub", mend="check name, revision and access") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise PlatformError(uri, found=f"the hub failed: {error}") from error
 
 
 def _copy(tensors: Iterator[tuple[str, Tensor]], model: Molmo2, where: str) -> None:

@@ -24,13 +24,16 @@ def load_native(folder: Path) -> Any:
     """transformers' `Molmo2ForConditionalGeneration` in float32 on CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: a weight is missing, unexpected or of another shape: transformers would only warn.
+        CheckpointError: transformers cannot load it, or a weight is missing or unexpected, of which it only warns.
     """
     from transformers import Molmo2ForConditionalGeneration
 
-    model, loading = Molmo2ForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-    )
+    try:
+        model, loading = Molmo2ForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(str(folder), found=f"transformers cannot load it: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if loading.get(kind):
             raise CheckpointError(
