@@ -262,7 +262,9 @@ def shuffled_samples(shard_samples: Ints, rng: np.random.Generator) -> Ints:
     starts = _offsets(shard_samples)[:-1]
     order = rng.permutation(len(shard_samples))
     samples = np.repeat(starts[order], shard_samples[order]) + _ranges(shard_samples[order])
-    return samples[np.argsort(np.arange(len(samples)) + rng.uniform(-SHUFFLE_BLOCK / 2, SHUFFLE_BLOCK / 2, len(samples)))]
+    return samples[
+        np.argsort(np.arange(len(samples)) + rng.uniform(-SHUFFLE_BLOCK / 2, SHUFFLE_BLOCK / 2, len(samples)))
+    ]
 
 
 def _build_streams(

@@ -1,0 +1,108 @@
+"""Example <-> sample of an MDS shard.  Media stay as delivered: no re-encoding, no pickle.
+
+Columns: `uid`, `dataset`, `split`, `kind` (str), `media` (bytes: the files in one frame, below), `meta` (JSON: sizes,
+duration, subtitles), `annotations` (bytes: JSON of manifest.schema).  streaming passes `bytes` through unchecked, so
+reading checks.
+
+Frame of several files: u32 count, count x u64 length, then the files; all little-endian.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from molmo2core.errors import DataError
+from molmo2core.examples import Example, Media, Subtitle
+from molmo2core.manifest.schema import annotations_from_json, annotations_to_json
+
+COLUMNS = {
+    "uid": "str",
+    "dataset": "str",
+    "split": "str",
+    "kind": "str",
+    "media": "bytes",
+    "meta": "bytes",
+    "annotations": "bytes",
+}
+MAX_SAMPLE_BYTES = (1 << 32) - (1 << 20)
+"""Offsets within a shard are 32 bit."""
+
+
+def sample_from_example(example: Example) -> dict[str, str | bytes]:
+    """The columns of one example.
+
+    Raises:
+        DataError: the media are too large for a shard.
+    """
+    media = example.media
+    if sum(map(len, media.files)) > MAX_SAMPLE_BYTES:
+        raise DataError(
+            f"dataset {example.dataset}, example {example.uid}",
+            found=f"{sum(map(len, media.files))} bytes of media",
+            expected=f"at most {MAX_SAMPLE_BYTES}",
+            mend="cut or re-encode the medium",
+        )
+    meta = {
+        "sizes": media.sizes,
+        "duration_seconds": media.duration_seconds,
+        "subtitles": [[line.start, line.end, line.text] for line in media.subtitles],
+    }
+    return {
+        "uid": example.uid,
+        "dataset": example.dataset,
+        "split": example.split,
+        "kind": media.kind,
+        "media": frame_files(media.files),
+        "meta": json.dumps(meta).encode(),
+        "annotations": annotations_to_json(example.annotations),
+    }
+
+
+def example_from_sample(sample: Mapping[str, Any]) -> Example:
+    """Inverse of `sample_from_example`.
+
+    Raises:
+        DataError: the bytes are not what was written (a damaged shard, or one of another program).
+    """
+    where = f"shard sample {sample.get('dataset')}/{sample.get('uid')}"
+    try:
+        meta = json.loads(sample["meta"])
+        return Example(
+            uid=sample["uid"],
+            dataset=sample["dataset"],
+            split=sample["split"],
+            media=Media(
+                kind=sample["kind"],
+                files=unframe_files(sample["media"]),
+                sizes=tuple((width, height) for width, height in meta["sizes"]),
+                duration_seconds=meta["duration_seconds"],
+                subtitles=tuple(Subtitle(start=start, end=end, text=text) for start, end, text in meta["subtitles"]),
+            ),
+            annotations=annotations_from_json(sample["annotations"]),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(where, found=f"damaged or foreign sample ({error})", mend="build the shards again") from error
+
+
+def frame_files(files: Sequence[bytes]) -> bytes:
+    """Several files as one."""
+    lengths = np.array([len(file) for file in files], "<u8").tobytes()
+    return b"".join([np.array(len(files), "<u4").tobytes(), lengths, *files])
+
+
+def unframe_files(frame: bytes) -> tuple[bytes, ...]:
+    """Inverse of `frame_files`.
+
+    Raises:
+        ValueError: the lengths do not add up to the frame's.
+    """
+    count = int(np.frombuffer(frame, "<u4", 1)[0])
+    ends = np.cumsum(np.frombuffer(frame, "<u8", count, offset=4)).astype(np.int64) + 4 + 8 * count
+    if (ends[-1] if count else 4) != len(frame):
+        raise ValueError(f"media frame of {len(frame)} bytes, expected {ends[-1] if count else 4}")
+    starts = [4 + 8 * count, *ends.tolist()]
+    return tuple(frame[start:end] for start, end in zip(starts, ends.tolist(), strict=False))

@@ -1,0 +1,128 @@
+"""Step 2: the validated manifest of one dataset -> MDS shards with a side table of lengths."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from molmo2core import storage
+from molmo2core.errors import DataError, Molmo2Error, exit_with_message
+from molmo2core.examples import Example, ManifestRow
+from molmo2core.manifest.schema import example_from_row, read_manifest
+from molmo2core.recipe.load import from_json
+from molmo2core.recipe.sections import ShardSection
+from molmo2core.references import ManifestsRef, ShardsRef, read_reference, write_reference
+from molmo2core.shards.writer import write_shards
+from molmo2core.special_tokens import load_tokenizer
+from molmo2core.stages.report import StageReport
+
+FORMAT = 1
+"""Version of what this stage writes: part of the key."""
+
+
+def run(section: ShardSection, *, manifests: Path, dataset: str, output: Path) -> StageReport:
+    """Build the shards of `dataset`, or find them built, and write their ShardsRef to `output`.
+
+    Raises:
+        DataError: the dataset is not in the manifests or has no rows, a medium or the tokenizer is missing.
+        PlatformError: the disk is full or the object store failed; nothing is visible then.
+    """
+    started = time.monotonic()
+    parent = read_reference(manifests, ManifestsRef)
+    if dataset not in parent.datasets:
+        raise DataError(str(manifests), found=f"no dataset {dataset}", expected=f"one of {', '.join(parent.datasets)}")
+    manifest = storage.join(storage.open_committed(parent.uri).uri, f"{dataset}.jsonl")
+    tokenizer_uri = storage.resolve(section.workspace, section.tokenizer)
+    tokenizer_digest = hashlib.sha256(storage.read_bytes(storage.join(tokenizer_uri, "tokenizer.json"))).hexdigest()
+    key = storage.content_key(
+        "build_shards", FORMAT, _content_digest(manifest), dataclasses.asdict(section.shards), tokenizer_digest
+    )
+    uri = storage.join(section.workspace, "shards", dataset, key)
+    reused = storage.is_committed(uri)
+
+    def fill(folder: Path) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as fetched:
+            tokenizer = load_tokenizer(storage.fetch_folder(tokenizer_uri, Path(fetched)))
+        counts = write_shards(_examples(manifest), folder, config=section.shards, tokenizer=tokenizer)
+        if not counts:
+            raise DataError(manifest, found="no rows", expected="at least one", mend="see the quarantine")
+        return {"dataset": dataset, "tokenizer_digest": tokenizer_digest, "num_samples": counts}
+
+    folder = storage.commit_folder(uri, fill)
+    counts: dict[str, int] = folder.meta["num_samples"]
+    num_bytes = sum(facts["bytes"] for facts in folder.files.values())
+    seconds = time.monotonic() - started
+    report = StageReport(
+        stage=f"build_shards.{dataset}",
+        seconds=seconds,
+        reused=reused,
+        metrics={"bytes": float(num_bytes)} | {f"samples_{split}": float(count) for split, count in counts.items()},
+        lines=(f"{dataset}: {', '.join(f'{n} {split}' for split, n in counts.items())}, {num_bytes / 1e6:.1f} MB",),
+    )
+    write_reference(
+        ShardsRef(
+            uri=uri,
+            digest=folder.digest,
+            dataset=dataset,
+            tokenizer_digest=tokenizer_digest,
+            num_samples=counts,
+            facts={"bytes": num_bytes},
+            report=report.to_json(),
+            parents=(parent,),
+        ),
+        output,
+    )
+    print(f"{report.stage}: {'reused' if reused else 'made'} {uri} in {seconds:.1f} s", flush=True)
+    return report
+
+
+def _examples(manifest: str) -> Iterator[Example]:
+    for row in read_manifest(manifest):
+        try:
+            yield example_from_row(row, storage.read_bytes)
+        except DataError as error:
+            raise DataError(f"{manifest}:{row.line}", found=str(error), mend="validate the data again") from error
+
+
+def _content_digest(manifest: str) -> str:
+    """sha256 over the rows, media named by their checksums where validation recorded them, not by their place."""
+    digest = hashlib.sha256()
+    for row in read_manifest(manifest):
+        digest.update(json.dumps(_placeless(row), sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _placeless(row: ManifestRow) -> dict[str, Any]:
+    content = dict(row.content)
+    checksums = content.get("measured", {}).get("sha256")
+    if checksums:
+        content["media"] = {name: value for name, value in content["media"].items() if name != "files"}
+    return content
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m molmo2core.stages.shard --section S --manifests REF --dataset NAME --output REF`."""
+    parser = argparse.ArgumentParser(prog="python -m molmo2core.stages.shard", description=__doc__)
+    parser.add_argument("--section", type=Path, required=True, help="JSON file of a ShardSection")
+    parser.add_argument("--manifests", type=Path, required=True, help="JSON file of a ManifestsRef")
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--output", type=Path, required=True, help="where the ShardsRef is written")
+    options = parser.parse_args(arguments)
+    try:
+        section = from_json(storage.read_bytes(str(options.section)).decode(), ShardSection)
+        run(section, manifests=options.manifests, dataset=options.dataset, output=options.output)
+    except Molmo2Error as error:
+        return exit_with_message(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
