@@ -25,7 +25,7 @@ from molmo2core.model.attention import AttentionMask
 from molmo2core.model.decoder import Attend, DecoderAttention, DecoderStack
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.parallel.batch_sharding import shard_of
-from molmo2core.parallel.mesh import check_heads
+from molmo2core.parallel.ranks import check_heads
 
 
 def apply_context_parallel(model: Molmo2, group: dist.ProcessGroup) -> None:
@@ -62,9 +62,10 @@ def _exchange_around(attend: Attend, group: dist.ProcessGroup) -> Attend:
         heads = [query.shape[2] // size, key.shape[2] // size, key.shape[2] // size]
         # [B, S/P, H, h] -> [B, S/P, P, H/P, h]; q, k and v travel in one exchange.
         parts = torch.cat([x.unflatten(2, (size, -1)) for x in (query, key, value)], dim=3)
-        whole: Tensor = _SequenceToHeads.apply(parts, group)
-        attended = attend(*whole.split(heads, dim=2), mask)
-        back: Tensor = _HeadsToSequence.apply(attended, group)
+        whole: Tensor = _SequenceToHeads.apply(parts, group)  # type: ignore[no-untyped-call]
+        query, key, value = whole.split(heads, dim=2)
+        attended = attend(query, key, value, mask)
+        back: Tensor = _HeadsToSequence.apply(attended, group)  # type: ignore[no-untyped-call]
         return back.flatten(2, 3)
 
     return exchange_and_attend

@@ -39,9 +39,7 @@ def random_pack(config: ModelConfig, seed: int, *, tokens: int = 64, images: int
     weights[torch.rand(tokens, generator=generator) < 0.3] = 0
     is_visual = torch.zeros(tokens, dtype=torch.bool)
     is_visual[1 : 1 + visual] = True
-    pooling = torch.randint(
-        0, max(images, 1) * geometry.num_patches, (visual, geometry.max_pool), generator=generator
-    )
+    pooling = torch.randint(0, max(images, 1) * geometry.num_patches, (visual, geometry.max_pool), generator=generator)
     pooling[:, -1] = PADDING
     return {
         "input_ids": input_ids,
@@ -96,9 +94,7 @@ class PackStream(IterableDataset[Batch]):
         return random_pack(self.config, index, **sizes)
 
 
-def pack_loader(
-    config: ModelConfig, training: TrainingConfig, *, group: int = 0, **pack: Any
-) -> DataLoader[Batch]:
+def pack_loader(config: ModelConfig, training: TrainingConfig, *, group: int = 0, **pack: Any) -> DataLoader[Batch]:
     """A loader over PackStream."""
     stream = PackStream(config, training.global_batch_packs, group, training.data_parallel, **pack)
     return DataLoader(stream, batch_size=None)

@@ -37,7 +37,7 @@ def average_gradients_on_gloo() -> None:
         replicas = all_reduce_group.size() if all_reduce_group is not None else 1
         return 1.0, float(reduce_scatter_group.size() * replicas)
 
-    collectives._get_gradient_divide_factors = divide_after_sum  # type: ignore[attr-defined, assignment]
+    collectives._get_gradient_divide_factors = divide_after_sum
 
 
 def check_fsdp2(state: State) -> None:
@@ -78,9 +78,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Composer's autoresume trusts a link that it deletes and makes anew at each save: killed in between, the next
     run starts from step 0; and it takes a half-written file for a checkpoint.
     """
-    found = [
-        (int(match[1]), path) for path in folder.glob("*ba*") if (match := _CHECKPOINT.fullmatch(path.name))
-    ]
+    found = [(int(match[1]), path) for path in folder.glob("*ba*") if (match := _CHECKPOINT.fullmatch(path.name))]
     return next((path for _, path in sorted(found, reverse=True) if _is_whole(path)), None)
 
 

@@ -26,7 +26,7 @@ class TrainedMolmo2(ComposerModel):  # type: ignore[misc]
     def __init__(self, model: Molmo2, *, z_coefficient: float) -> None:
         super().__init__()
         self.model = model
-        self.model.fsdp_wrap_fn = is_fsdp_unit
+        self.model.fsdp_wrap_fn = is_fsdp_unit  # type: ignore[assignment]
         self.z_coefficient = z_coefficient
 
     def forward(self, batch: dict[str, Any]) -> Tensor:

@@ -4,7 +4,7 @@
     per-group clipping -> AdamW with per-group learning rates -> metrics -> checkpoint           per step
 
 Several ranks shard parameters with FSDP2 over all of them; `context_parallel` neighbours share each sequence.
-Everything needed to go on after a kill is in the run's folder: Composer's checkpoints and `metrics.jsonl`.
+Everything needed to go on after a kill is in the run's folder.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ from molmo2core.training.config import TrainingConfig
 from molmo2core.training.microbatch import MicrobatchMaker, NoCopy
 from molmo2core.training.optimizer import build_optimizer
 
-METRICS = "metrics.jsonl"
 CHECKPOINTS_KEPT = 2
 MERGED_TOKENS = 8192
 """On a CPU, packs are merged into passes of at most this many tokens."""
@@ -80,6 +79,7 @@ def train(
     *,
     device: Device,
     folder: Path,
+    metrics: Path,
     name: str,
     seed: int,
     sequence_tokens: int,
@@ -90,7 +90,8 @@ def train(
         model: the same weights on every rank, on CPU.
         loader: batches of this rank's packs; its dataset has `state_dict(num_samples, from_beginning)` and
             `load_state_dict`, where a sample is a pack of any rank.
-        folder: where checkpoints and metrics go, the same for all ranks.
+        folder: where checkpoints go, the same for all ranks.
+        metrics: file that rank 0 appends a line per step to (callbacks/metrics_file.py).
         name: what step lines begin with.
         sequence_tokens: longest pack.
 
@@ -111,13 +112,15 @@ def train(
         config,
         device=device,
         folder=folder,
+        metrics=metrics,
         name=name,
         seed=seed,
         sequence_tokens=sequence_tokens,
         stop=stop,
     )
     try:
-        trainer.fit()
+        if trainer.state.timestamp.batch < config.steps:  # killed after the last step: only the weights are wanted
+            trainer.fit()
         step = int(trainer.state.timestamp.batch.value)
         if stop.stopped and step < config.steps:
             raise PlatformError(
@@ -138,6 +141,7 @@ def build_trainer(
     *,
     device: Device,
     folder: Path,
+    metrics: Path,
     name: str,
     seed: int,
     sequence_tokens: int,
@@ -170,7 +174,7 @@ def build_trainer(
             restore,
             FiniteLoss(),
             MetricsFile(
-                folder / METRICS,
+                metrics,
                 clipping=clipping,
                 counts_examples=context_rank == 0,
                 steps=config.steps,

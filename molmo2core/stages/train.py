@@ -1,0 +1,211 @@
+"""Step 4: a pack plan and a base checkpoint become trained weights.
+
+    reuse a committed checkpoint of the same content, or
+    start the ranks (train_rank) -> follow their metrics into MLflow -> commit the weights -> delete the resume folder
+
+While it trains, everything to go on from lies beside the destination, in `<key>.resume`; killed at any moment and
+run again, training goes on from the last checkpoint to bit-identical weights.  For an `s3://` workspace that folder
+lies in this machine's cache, so that only the same machine can go on; the weights are committed to the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from molmo2core import storage
+from molmo2core.errors import DataError, Molmo2Error, RecipeError, exit_with_message
+from molmo2core.launch.torchrun import run_torchrun
+from molmo2core.parallel.ranks import check_ranks
+from molmo2core.recipe.load import from_json, to_json
+from molmo2core.recipe.sections import TrainSection
+from molmo2core.references import CheckpointRef, PackPlanRef, Reference, ShardsRef, read_reference, write_reference
+from molmo2core.stages.report import StageReport
+from molmo2core.stages.train_rank import METRICS, WEIGHTS
+from molmo2core.stages.train_tracking import following
+
+FORMAT = 1
+"""Version of what training computes: part of the key."""
+_NOT_THE_RESULT = ("workspace", "run_name", "recipe_fingerprint", "tracking")
+_NOT_THE_TRAINED_RESULT = ("save_interval_steps", "loader_workers", "log_interval_steps")
+_EDGE_STEPS = 10
+"""First and last loss are means over so many steps: a single step's depends on its packs."""
+
+
+def run(section: TrainSection, *, plan: Path, base: Path | None, output: Path) -> StageReport:
+    """Train, or reuse what was trained from the same inputs.
+
+    Args:
+        plan: PackPlanRef of this stage.
+        base: CheckpointRef of the stage before; None starts from `section.initial_weights`.
+        output: where the CheckpointRef is written.
+
+    Raises:
+        RecipeError: ranks, batch and heads do not divide, or loss or gradients are not finite.
+        DataError: the plan is another stage's or too short, or inputs are missing.
+        PlatformError: a rank died, or was asked to stop; run again to continue.
+    """
+    started = time.monotonic()
+    plan_ref = read_reference(plan, PackPlanRef)
+    base_ref = read_reference(base, CheckpointRef) if base is not None else None
+    _check(section, plan_ref, str(plan))
+    key = checkpoint_key(section, plan_ref, base_ref)
+    uri = storage.join(section.workspace, "checkpoints", section.stage, key)
+    reused = storage.is_committed(uri)
+    if not reused:
+        with _exclusive(_resume_folder(uri)) as folder:
+            _train(section, plan_ref, base_ref, key=key, uri=uri, folder=folder)
+    found = storage.open_committed(uri)
+    seconds = time.monotonic() - started
+    numbers = {name: float(value) for name, value in found.meta["facts"].items()}
+    report = StageReport(stage=f"train.{section.stage}", seconds=seconds, reused=reused, metrics=numbers)
+    reference = CheckpointRef(
+        uri=uri,
+        digest=found.digest,
+        facts=found.meta["facts"],
+        report=report.to_json(),
+        parents=(plan_ref,) if base_ref is None else (plan_ref, base_ref),
+        stage=section.stage,
+        step=section.training.steps,
+        recipe_fingerprint=section.recipe_fingerprint,
+    )
+    write_reference(reference, output)
+    print(f"{report.stage}: {'reused' if reused else 'made'} {uri} in {seconds:.1f} s", flush=True)
+    return report
+
+
+def checkpoint_key(section: TrainSection, plan: PackPlanRef, base: CheckpointRef | None) -> str:
+    """Names the checkpoint by everything that its weights depend on.
+
+    The number of ranks is part of it, because sums over ranks round differently; names, tracking and how often
+    something is saved or logged are not.
+    """
+    settings = dataclasses.asdict(section)
+    for name in _NOT_THE_RESULT:
+        del settings[name]
+    for name in _NOT_THE_TRAINED_RESULT:
+        del settings["training"][name]
+    if base is not None:
+        del settings["initial_weights"]
+    tokenizers = sorted({parent.tokenizer_digest for parent in plan.parents if isinstance(parent, ShardsRef)})
+    shards = [parent.digest for parent in plan.parents]
+    return storage.content_key(
+        "train", FORMAT, settings, plan.digest, shards, tokenizers, base.digest if base is not None else ""
+    )
+
+
+def _check(section: TrainSection, plan: PackPlanRef, where: str) -> None:
+    config = section.training
+    if plan.stage != section.stage:
+        raise DataError(where, found=f"a plan of stage {plan.stage}", expected=section.stage)
+    wanted = config.steps * config.global_batch_packs
+    if plan.num_packs < wanted:
+        raise DataError(
+            where, found=f"{plan.num_packs} packs", expected=f"{wanted} (steps x global batch)", mend="plan it again"
+        )
+    if config.num_nodes != 1:
+        raise RecipeError(
+            "training.num_nodes", found=str(config.num_nodes), expected="1: several nodes are not launched yet"
+        )
+    check_ranks(config.world_size, config.context_parallel, config.global_batch_packs, section.model.decoder)
+
+
+def _train(
+    section: TrainSection,
+    plan: PackPlanRef,
+    base: CheckpointRef | None,
+    *,
+    key: str,
+    uri: str,
+    folder: Path,
+) -> None:
+    if storage.is_committed(uri):  # by whoever held the folder before
+        return
+    arguments = ["--folder", str(folder)]
+    storage.write_bytes(str(folder / "section.json"), to_json(section).encode())
+    arguments += ["--section", str(folder / "section.json")]
+    inputs: list[tuple[str, Reference]] = [("plan", plan)] + ([("base", base)] if base is not None else [])
+    for name, reference in inputs:
+        write_reference(reference, folder / f"{name}.json")
+        arguments += [f"--{name}", str(folder / f"{name}.json")]
+    started = time.monotonic()
+    with following(folder / METRICS, section, key=key, inputs=[reference for _, reference in inputs]):
+        run_torchrun("molmo2core.stages.train_rank", arguments, num_processes=section.training.num_processes)
+    metrics = read_metrics(folder / METRICS)
+    facts = training_facts(metrics) | {"seconds": round(time.monotonic() - started, 1)}
+
+    def fill(destination: Path) -> dict[str, Any]:
+        shutil.copytree(folder / WEIGHTS, destination, dirs_exist_ok=True)
+        timeless = [{name: line[name] for name in line if name not in ("seconds", "time_ms")} for line in metrics]
+        (destination / METRICS).write_text("".join(json.dumps(line) + "\n" for line in timeless))
+        return {"stage": section.stage, "key": key, "facts": facts}
+
+    storage.commit_folder(uri, fill)
+    shutil.rmtree(folder)
+
+
+def training_facts(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """What the steps of a whole training add up to; losses only if there was a step."""
+    totals = {name: float(sum(line[name] for line in metrics)) for name in ("packs", "examples", "tokens")}
+    facts = {"steps": float(len(metrics)), **totals}
+    if metrics:
+        facts |= {
+            "examples_per_pack": round(totals["examples"] / totals["packs"], 2),
+            "first_loss": mean(line["loss"] for line in metrics[:_EDGE_STEPS]),
+            "last_loss": mean(line["loss"] for line in metrics[-_EDGE_STEPS:]),
+            "training_seconds": round(sum(line["seconds"] for line in metrics), 1),
+        }
+    return facts
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines that rank 0 wrote; none after zero steps."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _resume_folder(uri: str) -> Path:
+    if not storage.is_remote(uri):
+        return Path(f"{uri}.resume")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "molmo2core" / "training" / f"{storage.content_key(uri)}.resume"
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[Path]:
+    """`folder`, made if missing, for this process alone: a retry waits until the run before is really gone."""
+    storage.write_bytes(str(folder / ".lock"), b"") if not (folder / ".lock").exists() else None
+    with (folder / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.mkdir(parents=True, exist_ok=True)  # the one before may have committed and removed it
+        yield folder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The stage alone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--section", type=Path, required=True, help="TrainSection as JSON")
+    parser.add_argument("--plan", type=Path, required=True, help="PackPlanRef")
+    parser.add_argument("--base", type=Path, help="CheckpointRef of the stage before")
+    parser.add_argument("--output", type=Path, required=True, help="CheckpointRef, written")
+    options = parser.parse_args(arguments)
+    try:
+        section = from_json(options.section.read_text(), TrainSection)
+        run(section, plan=options.plan, base=options.base, output=options.output)
+    except (Molmo2Error, OSError) as error:
+        return exit_with_message(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What each rank of a training stage runs; started by stages.train through launch.torchrun.
+
+    --section FILE --plan REFERENCE [--base REFERENCE] --folder FOLDER
+
+Rank 0 leaves `metrics.jsonl` in FOLDER, while training, and the weights in FOLDER/weights, at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from molmo2core import storage
+from molmo2core.recipe.load import from_json
+from molmo2core.recipe.sections import TrainSection
+from molmo2core.references import CheckpointRef, PackPlanRef, ShardsRef, read_reference
+
+METRICS = "metrics.jsonl"
+WEIGHTS = "weights"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train on this rank."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--section", type=Path, required=True)
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--folder", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    section = from_json(options.section.read_text(), TrainSection)
+    base = read_reference(options.base, CheckpointRef) if options.base else None
+    train_rank(section, read_reference(options.plan, PackPlanRef), base, options.folder)
+    return 0
+
+
+def train_rank(section: TrainSection, plan: PackPlanRef, base: CheckpointRef | None, folder: Path) -> None:
+    """Build model and loader, train, and let rank 0 write the weights."""
+    import torch
+
+    from molmo2core.checkpoints.import_hf import initial_model
+    from molmo2core.checkpoints.reference import load_weights, save_weights
+    from molmo2core.loading.dataloader import build_dataloader
+    from molmo2core.model.molmo2 import Molmo2
+    from molmo2core.packing.plan_files import read_plan
+    from molmo2core.preprocessing.preprocessor import Preprocessor
+    from molmo2core.shards.reader import ExampleReader
+    from molmo2core.special_tokens import load_tokenizer
+    from molmo2core.training.trainer import start_ranks, train
+
+    config, cache = section.training, folder / "cache"
+    device, group, _ = start_ranks(config)
+    if base is None:
+        model = initial_model(section.model, section.initial_weights, seed=section.seed, workspace=section.workspace)
+    else:
+        model = load_weights(storage.fetch_committed(base.uri, cache))
+    tokenizer = load_tokenizer(_tokenizer_folder(section, cache))
+    loader = build_dataloader(
+        read_plan(storage.fetch_committed(plan.uri, cache)),
+        ExampleReader([parent for parent in plan.parents if isinstance(parent, ShardsRef)], "train", cache),
+        Preprocessor(
+            geometry=section.model.geometry,
+            config=section.preprocessing,
+            tokenizer=tokenizer,
+            weighting=config.weighting,
+            seed=section.seed,
+        ),
+        fingerprint=plan.digest,
+        global_batch_packs=config.global_batch_packs,
+        data_parallel_rank=group,
+        data_parallel_size=config.data_parallel,
+        num_workers=config.loader_workers,
+    )
+    weights = train(
+        model,
+        loader,
+        config,
+        device=device,
+        folder=folder,
+        metrics=folder / METRICS,
+        name=section.stage,
+        seed=section.seed,
+        sequence_tokens=section.packing.sequence_tokens,
+    )
+    if weights is not None:
+        with torch.device("meta"):
+            trained = Molmo2(section.model)
+        trained.load_state_dict(weights, assign=True)
+        (folder / WEIGHTS).mkdir(exist_ok=True)
+        save_weights(folder / WEIGHTS, trained, section.model)
+
+
+def _tokenizer_folder(section: TrainSection, cache: Path) -> str:
+    uri = storage.resolve(section.workspace, section.tokenizer)
+    if not storage.is_remote(uri):
+        return uri
+    storage.download(storage.join(uri, "tokenizer.json"), cache / "tokenizer" / "tokenizer.json")
+    return str(cache / "tokenizer")
