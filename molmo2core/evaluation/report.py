@@ -18,11 +18,14 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 64re
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } th, td { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid #ddd; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-.verdict { padding: .7rem 1rem; border-radius: .4rem; } .passed { background: #e3f5e8; } .refused { background: #fdeaea; }
+.verdict { padding: .7rem 1rem; border-radius: .4rem; }
+.passed { background: #e3f5e8; } .refused { background: #fdeaea; }
 .example { border: 1px solid #ddd; border-radius: .4rem; padding: .6rem 1rem; margin: 1rem 0; }
-.strip { display: flex; flex-wrap: wrap; gap: .6rem; } figure { margin: 0; } figcaption { font-size: .8rem; color: #555; }
+.strip { display: flex; flex-wrap: wrap; gap: .6rem; } figure { margin: 0; }
+figcaption { font-size: .8rem; color: #555; }
 dl { display: grid; grid-template-columns: 8rem 1fr; gap: .2rem .8rem; margin: .6rem 0; } dt { color: #555; }
-dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .85rem; }
+dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+dd { font-family: ui-monospace, monospace; font-size: .85rem; }
 .ring { color: #00a03c; } .cross { color: #dc1e1e; }
 """
 

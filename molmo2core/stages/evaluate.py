@@ -54,9 +54,10 @@ def run(
     key = storage.content_key(
         FORMAT, dataclasses.asdict(section.evaluation), export.digest, steps, [ref.digest for ref in refs]
     )
-    uri = storage.join(section.workspace, "evaluations", key)
-    reused = storage.is_committed(uri)
-    folder = storage.commit_folder(uri, lambda path: _evaluate(path, section.evaluation, export, refs, steps))
+    destination = storage.join(section.workspace, "evaluations", key)
+    reused = storage.is_committed(destination)
+    folder = storage.commit_folder(destination, lambda path: _evaluate(path, section.evaluation, export, refs, steps))
+    uri = folder.uri
     if html is not None:
         storage.download(storage.join(uri, PAGE), html)
     result, seconds = folder.meta, time.monotonic() - started

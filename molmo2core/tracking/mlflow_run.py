@@ -61,9 +61,14 @@ def tracking_uri(config: TrackingConfig, workspace: str) -> str:
     return f"{_SQLITE}{Path(workspace).resolve()}/mlflow/mlflow.db"
 
 
+def sqlite_path(uri: str) -> Path | None:
+    """The database file of a sqlite store; None for a server."""
+    return Path(uri.removeprefix(_SQLITE)).resolve() if uri.startswith(_SQLITE) else None
+
+
 def ui_command(uri: str) -> str:
     """What a person types, or where a person looks, to see the runs."""
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith(_SQLITE) else uri
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if sqlite_path(uri) else uri
 
 
 def connect(uri: str) -> MlflowClient:
@@ -76,8 +81,9 @@ def connect(uri: str) -> MlflowClient:
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 
-    if uri.startswith(_SQLITE):
-        _create_sqlite(Path(uri.removeprefix(_SQLITE)))
+    database = sqlite_path(uri)
+    if database is not None:
+        _create_sqlite(database)
     # Without registry_uri, the registry is wherever MLFLOW_REGISTRY_URI or an earlier set_registry_uri points.
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
@@ -109,7 +115,13 @@ class TrackedRun:
         with tracking_errors(self.uri):
             self.client.log_batch(self.run_id, params=[Param(name, _text(value)) for name, value in params.items()])
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0, timestamp_ms: int | None = None) -> None:
+    def log_metrics(
+        self,
+        metrics: Mapping[str, float],
+        step: int = 0,
+        timestamp_ms: int | None = None,
+        model_id: str | None = None,
+    ) -> None:
         """Log metrics of one step.
 
         Args:
@@ -117,11 +129,12 @@ class TrackedRun:
             step: global training step.
             timestamp_ms: when it was measured.  Give it when metrics are replayed from a file: MLflow keeps only one
                 of points with equal name, step, time and value.
+            model_id: the logged model that they describe, if any.
         """
         from mlflow.entities import Metric
 
         moment = int(time() * 1000) if timestamp_ms is None else timestamp_ms
-        points = [Metric(name, float(value), moment, step) for name, value in metrics.items()]
+        points = [Metric(name, float(value), moment, step, model_id=model_id) for name, value in metrics.items()]
         with tracking_errors(self.uri):
             for start in range(0, len(points), _METRICS_PER_REQUEST):
                 self.client.log_batch(self.run_id, metrics=points[start : start + _METRICS_PER_REQUEST])
@@ -236,9 +249,8 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 def _artifact_location(uri: str, experiment: str) -> str | None:
     """Without it, MLflow on sqlite writes artifacts into the current directory; a server knows its own place."""
-    if not uri.startswith(_SQLITE):
-        return None
-    return (Path(uri.removeprefix(_SQLITE)).resolve().parent / "artifacts" / experiment).as_uri()
+    database = sqlite_path(uri)
+    return None if database is None else (database.parent / "artifacts" / experiment).as_uri()
 
 
 def _create_sqlite(database: Path) -> None:
@@ -261,7 +273,7 @@ def _create_sqlite_under_lock(database: Path) -> None:
 
     unfinished = database.with_name(f"{database.name}.unfinished")
     unfinished.unlink(missing_ok=True)
-    store = SqlAlchemyStore(f"{_SQLITE}{unfinished}", (database.resolve().parent / "artifacts").as_uri())
+    store = SqlAlchemyStore(f"{_SQLITE}{unfinished}", (database.parent / "artifacts").as_uri())
     store.engine.dispose()
     os.replace(unfinished, database)
 
