@@ -9,8 +9,6 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import torch
-import torch.nn.functional as F  # noqa: N812 - the field's usual name
 from PIL import Image, ImageOps
 
 from molmo2core.errors import DataError
@@ -49,8 +47,11 @@ def resize(pixels: ByteArray, height: int, width: int) -> ByteArray:
     Returns:
         [height, width, 3] uint8.
     """
+    import torch  # here, so that planning, which needs only lengths, does without
+    from torch.nn.functional import interpolate
+
     source = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None].float()
-    scaled = F.interpolate(source, size=(height, width), mode="bilinear", align_corners=False, antialias=False)
+    scaled = interpolate(source, size=(height, width), mode="bilinear", align_corners=False, antialias=False)
     result: ByteArray = scaled[0].round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     return result
 

@@ -53,7 +53,10 @@ def decode_frames(data: bytes, times: Sequence[float], where: str = "video") -> 
         with av.open(io.BytesIO(data), mode="r") as container:
             if not container.streams.video:
                 raise DataError(where, found="no video stream", expected="a video file")
-            container.streams.video[0].codec_context.thread_count = 1
+            codec = container.streams.video[0].codec_context
+            if codec is None:  # the header is cut, or FFmpeg lacks the codec
+                raise DataError(where, found="a video stream of unknown codec", expected="a complete video file")
+            codec.thread_count = 1
             yield from _frames_at(_timed_frames(container, where), times)
     except (FFmpegError, EOFError, ValueError) as error:
         raise DataError(
