@@ -18,6 +18,7 @@ from molmo2core.model.config import ModelConfig
 from molmo2core.model.connector import Connector, no_visual_tokens
 from molmo2core.model.decoder import Decoder, RMSNorm
 from molmo2core.model.vision_encoder import VisionEncoder
+from molmo2core.special_tokens import EXTRA_TOKENS, IM_PATCH
 
 ParameterGroup = Literal["vision_encoder", "connector", "decoder"]
 
@@ -38,8 +39,6 @@ class Molmo2(nn.Module):
     @property
     def im_patch_id(self) -> int:
         """Third of the new tokens (special_tokens.EXTRA_TOKENS)."""
-        from molmo2core.special_tokens import EXTRA_TOKENS, IM_PATCH
-
         return self.config.decoder.vocab_size + EXTRA_TOKENS.index(IM_PATCH)
 
     def forward(
