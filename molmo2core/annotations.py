@@ -12,10 +12,15 @@ from typing import Literal
 
 MediaKind = Literal["none", "image", "images", "video"]
 
+STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+"""How pydantic parses these classes (manifest/schema.py): no unknown key, no silent conversion."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
     """One role's text in a conversation."""
+
+    __pydantic_config__ = STRICT
 
     role: Literal["user", "assistant"]
     text: str
@@ -28,6 +33,8 @@ class Point:
     `radius` is the distance, as a fraction of the shorter side, within which an answer counts as a hit when a
     model is evaluated; training ignores it.
     """
+
+    __pydantic_config__ = STRICT
 
     x: float
     y: float
@@ -42,6 +49,8 @@ class Point:
 class TrackPosition:
     """Where one object is at one time.  An occluded or absent object is written with `visible` false or left out."""
 
+    __pydantic_config__ = STRICT
+
     time: float
     x: float
     y: float
@@ -52,6 +61,8 @@ class TrackPosition:
 class Track:
     """One object through time; `positions` in ascending time."""
 
+    __pydantic_config__ = STRICT
+
     object_id: int
     positions: tuple[TrackPosition, ...]
     radius: float = 0.05
@@ -61,6 +72,8 @@ class Track:
 class Caption:
     """A description of the whole medium."""
 
+    __pydantic_config__ = STRICT
+
     task: Literal["image_caption", "video_caption"]
     text: str
 
@@ -68,6 +81,8 @@ class Caption:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuestionAnswer:
     """A question with one right answer; with `options` it is multiple choice and `answer` is one of them."""
+
+    __pydantic_config__ = STRICT
 
     task: Literal["image_qa", "multi_image_qa", "video_qa", "subtitle_qa"]
     question: str
@@ -81,6 +96,8 @@ class QuestionAnswer:
 class Pointing:
     """Every place where `label` is seen; no points means that there are none.  `*_counting` also states the number."""
 
+    __pydantic_config__ = STRICT
+
     task: Literal["image_pointing", "image_counting", "multi_image_pointing", "video_pointing"]
     label: str
     points: tuple[Point, ...] = ()
@@ -89,6 +106,8 @@ class Pointing:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tracking:
     """Objects that `label` describes, followed at `sampling_fps` positions per second."""
+
+    __pydantic_config__ = STRICT
 
     task: Literal["tracking"]
     label: str
@@ -99,6 +118,8 @@ class Tracking:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
     """Free turns, user first, roles alternating, assistant last."""
+
+    __pydantic_config__ = STRICT
 
     task: Literal["text"]
     turns: tuple[Turn, ...]

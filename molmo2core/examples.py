@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from molmo2core.annotations import Annotation, MediaKind
+from molmo2core.annotations import STRICT, Annotation, MediaKind
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,8 @@ class ManifestRow:
 @dataclass(frozen=True, kw_only=True)
 class Subtitle:
     """One subtitle line, seconds."""
+
+    __pydantic_config__ = STRICT
 
     start: float
     end: float
