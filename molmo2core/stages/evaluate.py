@@ -161,24 +161,18 @@ def _result(
     }
 
 
-def main() -> int:
-    """Run from files; see `--help`."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m molmo2core.stages.evaluate --section S --exported REF --shards REF [...] --output REF`."""
     parser = argparse.ArgumentParser(prog="python -m molmo2core.stages.evaluate", description=__doc__)
-    parser.add_argument("--section", type=Path, required=True, help="JSON of an EvaluateSection")
-    parser.add_argument("--exported", type=Path, required=True, help="ExportRef")
-    parser.add_argument("--shards", type=Path, nargs="+", required=True, help="ShardsRefs")
+    parser.add_argument("--section", type=Path, required=True, help="JSON file of an EvaluateSection")
+    parser.add_argument("--exported", type=Path, required=True, help="JSON file of an ExportRef")
+    parser.add_argument("--shards", type=Path, action="append", required=True, help="JSON file of a ShardsRef")
     parser.add_argument("--output", type=Path, required=True, help="where the EvaluationRef is written")
     parser.add_argument("--html", type=Path, help="where a copy of the report is written")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
-        section = from_json(arguments.section.read_text(), EvaluateSection)
-        run(
-            section,
-            exported=arguments.exported,
-            shards=arguments.shards,
-            output=arguments.output,
-            html=arguments.html,
-        )
+        section = from_json(storage.read_bytes(str(options.section)).decode(), EvaluateSection)
+        run(section, exported=options.exported, shards=options.shards, output=options.output, html=options.html)
     except Exception as error:
         return exit_with_message(error)
     return 0

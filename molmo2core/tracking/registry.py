@@ -144,6 +144,11 @@ class Registry:
                 self.client.delete_registered_model_alias(self.name, CHAMPION)
         return wanted
 
+    def is_decided(self, version: str) -> bool:
+        """Whether `version` was promoted or refused: nothing is left to do for it."""
+        with tracking_errors(self.uri):
+            return DECISION_TAG in self.client.get_model_version(self.name, version).tags
+
     def aliases(self) -> dict[str, str]:
         """Alias -> version."""
         with tracking_errors(self.uri):
