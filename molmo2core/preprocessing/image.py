@@ -28,7 +28,7 @@ def decode_image(data: bytes, where: str = "image") -> ByteArray:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
             where, found=f"{len(data)} bytes that do not decode: {error}", expected="a complete image"
