@@ -33,20 +33,20 @@ def check_recipe(recipe: Recipe, *, where: str = "recipe") -> None:
     _check_evaluation(recipe, model, where)
 
 
-def largest_image_tokens(geometry: VisualGeometry, max_crops: int) -> int:
-    """Visual tokens of the largest image: low-resolution view and the tiling that costs most (data.md 0.1)."""
+def image_tokens(geometry: VisualGeometry, rows: int, columns: int) -> int:
+    """Visual tokens of one image in `rows` x `columns` crops, low-resolution view included (data.md 0.1)."""
     rows_per_token, columns_per_token = geometry.image_pooling
     margin = sum(geometry.overlap_margins)
     window = geometry.grid - margin
     low = math.ceil(geometry.grid / rows_per_token) * math.ceil(geometry.grid / columns_per_token) + 2
+    height = math.ceil((window * rows + margin) / rows_per_token)
+    width = math.ceil((window * columns + margin) / columns_per_token)
+    return low + height * (width + 1) + 2
 
-    def high(rows: int, columns: int) -> int:
-        height = math.ceil((window * rows + margin) / rows_per_token)
-        width = math.ceil((window * columns + margin) / columns_per_token)
-        return height * (width + 1) + 2
 
-    tilings = ((rows, max_crops // rows) for rows in range(1, max_crops + 1))
-    return low + max(high(rows, columns) for rows, columns in tilings)
+def largest_image_tokens(geometry: VisualGeometry, max_crops: int) -> int:
+    """Visual tokens of the image whose tiling costs most; a column token per row makes that the tallest one."""
+    return max(image_tokens(geometry, rows, max_crops // rows) for rows in range(1, max_crops + 1))
 
 
 def largest_video_tokens(geometry: VisualGeometry, max_frames: int) -> int:

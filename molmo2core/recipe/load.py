@@ -66,7 +66,7 @@ def read_recipe(path: FilePath) -> str:
 
 def to_json(section: object) -> str:
     """A section, config or recipe as JSON text; the same value always gives the same text."""
-    return json.dumps(dataclasses.asdict(typing.cast(Any, section)), sort_keys=True)
+    return json.dumps(_plain(section), sort_keys=True)
 
 
 def from_json(text: str, kind: type[Section]) -> Section:
@@ -84,7 +84,7 @@ def from_json(text: str, kind: type[Section]) -> Section:
 
 def flatten(section: object) -> dict[str, Any]:
     """Dotted path -> scalar, for every leaf; empty containers are leaves."""
-    return {_dotted(path): value for path, value in _leaves(json.loads(to_json(section)), ())}
+    return {_dotted(path): value for path, value in _leaves(json.loads(json.dumps(_plain(section))), ())}
 
 
 @functools.cache
@@ -203,6 +203,10 @@ def _place(lines: dict[Path, str], where: str, path: Path) -> str:
     while path and path not in lines:
         path = path[:-1]
     return lines.get(path, where)
+
+
+def _plain(section: object) -> dict[str, Any]:
+    return dataclasses.asdict(typing.cast(Any, section))
 
 
 def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:

@@ -1,0 +1,141 @@
+"""Rules across sections: each case breaks one rule of a good recipe and must be told both numbers."""
+
+from pathlib import Path
+
+import pytest
+
+from molmo2core.errors import RecipeError
+from molmo2core.preprocessing.config import VisualGeometry
+from molmo2core.recipe.check import check_recipe, image_tokens, largest_image_tokens, largest_video_tokens
+from molmo2core.recipe.load import from_json, load_recipe
+from molmo2core.recipe.sections import (
+    EvaluateSection,
+    ExportSection,
+    PlanSection,
+    RegisterSection,
+    ShardSection,
+    TrainSection,
+    ValidateSection,
+)
+from molmo2core.stages import resolve
+
+RECIPES = Path(__file__).parents[2] / "workflows" / "recipes"
+TINY = (RECIPES / "tiny.yaml").read_text()
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("profile", ["described", "released_code"])
+def test_every_recipe_keeps_the_rules_in_both_profiles(path: Path, profile: str) -> None:
+    check_recipe(load_recipe(path.read_text(), [f"profile={profile}"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.long_context.context_parallel=3"], ["context_parallel 3", "= 2 processes"]),
+        (
+            ["train.long_context.num_processes=4", "train.long_context.context_parallel=4"],
+            ["context_parallel 4", "6 decoder num_heads"],
+        ),
+        (
+            ["train.long_context.num_processes=3", "train.long_context.context_parallel=3"],
+            ["context_parallel 3", "2 decoder num_kv_heads"],
+        ),
+        (["train.long_context.packing.sequence_tokens=1023"], ["sequence_tokens 1023", "context_parallel 2"]),
+        (
+            ["train.sft.num_processes=2", "train.sft.global_batch_packs=5"],
+            ["global_batch_packs 5", "2 / 1 = 2 data-parallel"],
+        ),
+        (["train.sft.packing.crop_budget=7"], ["crop_budget 7", "max_frames 8"]),
+        (["train.sft.packing.crop_budget=9"], ["crop_budget 9", "5 images x (1 + 1) crops = 10"]),
+        (["train.sft.packing.sequence_tokens=8192"], ["sequence_tokens 8192", "max_position_embeddings 4096"]),
+        (["train.sft.packing.sequence_tokens=200"], ["sequence_tokens 200", "5 images of 1 crops take 295"]),
+        (
+            ["train.sft.packing.sequence_tokens=320", "train.sft.preprocessing.max_frames=20"],
+            ["sequence_tokens 320", "20 frames take about 320"],
+        ),
+        (["train.sft.mixture.text.datasets=[txt]"], ["'txt' of mixture.text", "not in data.manifests"]),
+        (["train.sft.mixture.text.datasets=[captions]"], ["mixture.captions and mixture.text"]),
+        (["train.sft.mixture.text.datasets=[]"], ["mixture.text without datasets"]),
+        (["train.sft.mixture.text.rate=-1"], ["rate -1"]),
+        (["train.sft.mixture={}"], ["rates that sum to 0"]),
+        (["data.shapes.vocab_size=1000"], ["vocab_size 1000", "768 rows"]),
+        (["evaluate.gate=[]"], ["a gate without rules"]),
+        (["evaluate.gate.0.metric=f1"], ["'f1'", "<task>/<measure>"]),
+        (["evaluate.preprocessing.max_frames=400"], ["400 frames", "max_position_embeddings 4096"]),
+        (["train.sft.steps=-1"], ["steps -1"]),
+        (["train.sft.num_processes=0"], ["num_processes 0"]),
+        (["train.sft.precision=fp16"], ["'fp16'", "amp_bf16"]),
+        (["train.sft.dropout.residual=1.0"], ["dropout.residual 1.0"]),
+        (["resources.train.gpus=4"], ["num_processes 1", "resources.train.gpus 4"]),
+        (["train.sft.preprocessing.max_fps=0"], ["max_fps 0"]),
+    ],
+)  # fmt: skip
+def test_broken_rule_is_told_with_both_numbers(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(RecipeError) as error:
+        check_recipe(load_recipe(TINY, overrides))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_zero_steps_are_allowed_here() -> None:
+    """A recipe without training is refused by the gate with its reason, not before."""
+    check_recipe(load_recipe(TINY, [f"train.{stage}.steps=0" for stage in ("pretrain", "sft", "long_context")]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"), [(1, 1, 410), (2, 4, 1189), (1, 8, 1334), (4, 6, 2804), (1, 24, 3462)]
+)
+def test_image_tokens_are_the_fact_sheets(rows: int, columns: int, tokens: int) -> None:
+    """data.md 0.1."""
+    assert image_tokens(VisualGeometry(), rows, columns) == tokens
+
+
+def test_largest_media() -> None:
+    """No tiling within the limit may cost more; 128 frames take about 11.1-11.4k tokens, 384 just fit (model.md 5)."""
+    geometry = VisualGeometry()
+    all_tilings = [(rows, columns) for rows in range(1, 9) for columns in range(1, 9) if rows * columns <= 8]
+    assert largest_image_tokens(geometry, 8) == max(image_tokens(geometry, *tiling) for tiling in all_tilings) == 1400
+    assert 11_100 <= largest_video_tokens(geometry, 128) <= 11_400
+    assert largest_video_tokens(geometry, 384) < 36_864
+
+
+KINDS = {
+    "validate": ValidateSection,
+    "shard": ShardSection,
+    "export": ExportSection,
+    "evaluate": EvaluateSection,
+    "register": RegisterSection,
+    **{f"plan_{stage}": PlanSection for stage in ("pretrain", "sft", "long_context")},
+    **{f"train_{stage}": TrainSection for stage in ("pretrain", "sft", "long_context")},
+}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_resolves_into_every_section(path: Path) -> None:
+    resolved = resolve.run(path.read_text())
+    sections = {name: from_json(resolved[name], kind) for name, kind in KINDS.items()}
+    sizes = {name for name in resolved if name not in KINDS}
+    assert sizes == {f"{step}_{what}" for step in resolve.SIZED_STEPS for what in ("cpus", "memory")} | {
+        "train_gpus",
+        "evaluate_gpus",
+    }
+    plan, train = sections["plan_sft"], sections["train_sft"]
+    assert isinstance(plan, PlanSection) and isinstance(train, TrainSection)
+    assert (plan.stage, train.stage) == ("sft", "sft")
+    assert plan.num_packs == train.training.steps * train.training.global_batch_packs > 0
+
+
+def test_validation_limits_are_the_widest_of_all_training_stages() -> None:
+    section = from_json(
+        resolve.run(TINY, overrides=["train.pretrain.preprocessing.max_images=2"])["validate"], ValidateSection
+    )
+    assert section.preprocessing_limits.max_frames == 16  # long_context
+    assert section.preprocessing_limits.max_images == 5  # sft
+
+
+def test_resolve_runs_alone_and_fails_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(RECIPES / "tiny.yaml")
+    assert resolve.main(["--recipe", recipe, "--set", "seed=3", "--output", str(tmp_path)]) == 0
+    assert from_json((tmp_path / "train_sft.json").read_text(), TrainSection).seed == 3
+    assert resolve.main(["--recipe", recipe, "--set", "sead=3", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("RecipeError: --set sead=3: unknown key 'sead'")
