@@ -55,7 +55,7 @@ check: setup ## lint, format, types, import contract, containerfiles, Kubernetes
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/hadolint images/*/Containerfile
 	$(VENV)/bin/yamllint --strict .
-	$(PYTHON) infra/check.py
+	$(PYTHON) -m infra.check
 	$(PYTHON) -m pytest --quiet tests/architecture/test_tracked_files.py
 
 bench: setup ## every side-by-side measurement of benchmarks/; each prints its ratio last
