@@ -4,8 +4,8 @@
 
 Lengths imitate stage 2 of Molmo2 (data.md 3.6): 16,384 tokens and 128 crops per sequence; images, image sets, videos
 and text in the shares of the mixture.  First fit takes examples as they arrive: with as many at hand as the planner's
-window, and with all of them (no loader could hold so many open sequences).  The last line is the ratio that packing is for: examples per sequence, planned
-packing over no packing.
+window, and with all of them (no loader could hold so many open sequences).  The last line is the ratio that packing
+is for: examples per sequence, planned packing over no packing.
 """
 
 from __future__ import annotations
