@@ -1,8 +1,8 @@
 """Checkpoints by hand.
 
-    python -m molmo2core.checkpoints import SOURCE --output FOLDER              released format -> this project's weights
-    python -m molmo2core.checkpoints export FOLDER --tokenizer T --output OUT   this project's weights -> released format
-    python -m molmo2core.checkpoints verify OUT --weights FOLDER                compare with transformers' own Molmo2
+    python -m molmo2core.checkpoints import SOURCE --output FOLDER              released format -> our weights
+    python -m molmo2core.checkpoints export FOLDER --tokenizer T --output OUT   our weights -> released format
+    python -m molmo2core.checkpoints verify OUT --weights FOLDER                compare with transformers' Molmo2
 
 SOURCE, FOLDER and T are folders or `s3://` addresses, SOURCE and T also `hf://organisation/name[@revision]`.  `export`
 verifies what it wrote and leaves nothing behind when transformers disagrees.
@@ -63,7 +63,7 @@ def _export(options: argparse.Namespace) -> None:
 
         def fill(folder: Path) -> dict[str, Any]:
             export_model(folder, model, tokenizer, export=export, preprocessing=preprocessing, lineage=Lineage())
-            found = verify_export(folder, model, tolerance=export.logit_tolerance, preprocessing=preprocessing)
+            found = verify_export(folder, model, tolerance=export.logit_tolerance)
             return {"logit_difference": found.worst}
 
         committed = storage.commit_folder(options.output, fill)
@@ -74,15 +74,9 @@ def _verify(options: argparse.Namespace) -> None:
     from molmo2core.checkpoints.fetch import fetched_folder
     from molmo2core.checkpoints.reference import load_weights
     from molmo2core.checkpoints.verify import verify_export
-    from molmo2core.preprocessing.config import PreprocessingConfig
 
     with fetched_folder(options.exported, ".", ()) as exported, fetched_folder(options.weights, ".", ()) as weights:
-        found = verify_export(
-            exported,
-            load_weights(weights),
-            tolerance=ExportConfig().logit_tolerance,
-            preprocessing=PreprocessingConfig(),
-        )
+        found = verify_export(exported, load_weights(weights), tolerance=ExportConfig().logit_tolerance)
     for probe, difference in found.max_difference.items():
         print(f"{probe}: logits differ by at most {difference:.2g} of the largest ({found.max_logit:.3g})")
 

@@ -70,7 +70,7 @@ def model_config(
     Raises:
         CheckpointError: see `read_model_config`.
     """
-    found = released if "vit_config" in released else _from_native(released, f"{where}/config.json")
+    found = _from_native(released, f"{where}/config.json") if "vision_config" in released else released
     fields = _Fields(found, f"{where}/config.json")
     declared_layers = fields.get("vit_config.num_hidden_layers")
     scaling = fields.get("text_config.rope_scaling")

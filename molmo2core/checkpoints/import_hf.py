@@ -187,13 +187,12 @@ def _check_same_model(found: ModelConfig, wanted: ModelConfig, where: str) -> No
 
 def _check_base_config(found: dict[str, Any], config: DecoderConfig, where: str) -> None:
     """What shapes do not tell: a wrong rotary base or norm placement would load without a word."""
-    rope = found.get("rope_parameters") or {}
     expected: dict[str, tuple[Any, Any]] = {
         "model_type": (found.get("model_type"), "qwen3" if config.norm_placement == "input" else "olmo3"),
         "num_hidden_layers": (found.get("num_hidden_layers"), config.num_layers),
         "num_attention_heads": (found.get("num_attention_heads"), config.num_heads),
         "rms_norm_eps": (found.get("rms_norm_eps"), config.norm_eps),
-        "rope_theta": (found.get("rope_theta", rope.get("rope_theta")), config.rope_theta),
+        "rope_theta": (_rope_theta(found), config.rope_theta),
     }
     for key, (value, wanted) in expected.items():
         if value != wanted:
@@ -203,6 +202,14 @@ def _check_base_config(found: dict[str, Any], config: DecoderConfig, where: str)
                 expected=f"{wanted!r}, as the recipe's model has it",
                 mend="choose the base model that this size is built on",
             )
+
+
+def _rope_theta(found: dict[str, Any]) -> Any:
+    """At the top level, in `rope_parameters` (transformers 5), or there once per kind of attention (OLMo3)."""
+    rope = found.get("rope_parameters") or {}
+    places = [found, rope, *(value for value in rope.values() if isinstance(value, dict))]
+    values = {place["rope_theta"] for place in places if place.get("rope_theta") is not None}
+    return values.pop() if len(values) == 1 else sorted(values)
 
 
 def _check_tied(read: Read, where: str) -> None:

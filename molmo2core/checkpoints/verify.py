@@ -41,7 +41,7 @@ class Verification:
         return max(self.max_difference.values())
 
 
-def verify_export(folder: Path, model: Molmo2, *, tolerance: float, preprocessing: PreprocessingConfig) -> Verification:
+def verify_export(folder: Path, model: Molmo2, *, tolerance: float) -> Verification:
     """Compare the exported `folder` with the `model` it was made from.
 
     Loads the folder with transformers' own classes in float32 on CPU and compares all logits on the probes (text,
@@ -49,12 +49,11 @@ def verify_export(folder: Path, model: Molmo2, *, tolerance: float, preprocessin
 
     Args:
         tolerance: largest difference of a logit, relative to the largest logit.
-        preprocessing: the limits that the export was written with.
 
     Raises:
         CheckpointError: transformers does not load it, or something differs; the message gives both numbers.
     """
-    prompts = probe_prompts(folder, model.config.geometry, preprocessing)
+    prompts = probe_prompts(folder, model.config.geometry, _limits(folder))
     tokenizer = load_tokenizer(folder)
     reference = _as_stored(model, read_json(folder / "config.json")["dtype"])
     differences, largest = _compare_logits(load_native(folder), reference, prompts, tokenizer.special.pad)
@@ -72,6 +71,12 @@ def verify_export(folder: Path, model: Molmo2, *, tolerance: float, preprocessin
                 mend="report this: the export must not be used",
             )
     return verification
+
+
+def _limits(folder: Path) -> PreprocessingConfig:
+    """The limits that the export tells its users' processor."""
+    image, video = (read_json(folder / name) for name in ("preprocessor_config.json", "video_preprocessor_config.json"))
+    return PreprocessingConfig(max_crops=image["max_crops"], max_frames=video["num_frames"], max_fps=video["max_fps"])
 
 
 def _as_stored(model: Molmo2, dtype: str) -> Molmo2:

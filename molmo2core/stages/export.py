@@ -109,9 +109,7 @@ def _export(
             lineage=Lineage(**lineage),
         )
         print("export_checkpoint: comparing with transformers' own Molmo2", flush=True)
-        verification = verify_export(
-            folder, model, tolerance=section.export.logit_tolerance, preprocessing=section.preprocessing
-        )
+        verification = verify_export(folder, model, tolerance=section.export.logit_tolerance)
     return {
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "logit_difference": verification.worst,
