@@ -23,9 +23,7 @@ def test_single_image() -> None:
 
 def test_images_number_points_through() -> None:
     points = (Point(x=0.2, y=0.2, image=3), Point(x=0.1, y=0.1, image=1), Point(x=0.0, y=0.3, image=3))
-    assert format_points(points, "cat", "images") == (
-        '<points coords="1 1 100 100;3 2 000 300 3 200 200">cat</points>'
-    )
+    assert format_points(points, "cat", "images") == ('<points coords="1 1 100 100;3 2 000 300 3 200 200">cat</points>')
 
 
 def test_video_points_are_grouped_by_time() -> None:
@@ -92,7 +90,7 @@ def test_labels_come_back(label: str) -> None:
 
 def test_usual_labels_are_written_as_they_are() -> None:
     """The released models saw labels unescaped, so only what breaks the grammar is escaped."""
-    label = "a \"b\" & c's > d"
+    label = 'a "b" & c\'s > d'
     assert label in format_points((Point(x=0, y=1),), label, "image")
 
 
