@@ -1,4 +1,4 @@
-"""Rules across sections of a recipe, which no single config class can see.  Each error has both numbers and the rule."""
+"""Rules across sections of a recipe, which no config class can see.  Each error has both numbers and the rule."""
 
 from __future__ import annotations
 

@@ -97,7 +97,9 @@ def _adapter(kind: Hashable) -> TypeAdapter[Any]:
 def _validated(values: Any, kind: type[Section], place: Any) -> Section:
     try:
         # JSON mode: lists are accepted for tuples, while numbers, strings and booleans are never converted.
-        return typing.cast(Section, _adapter(kind).validate_json(json.dumps({"": values}, default=str))[""])
+        return typing.cast(
+            Section, _adapter(typing.cast(Any, kind)).validate_json(json.dumps({"": values}, default=str))[""]
+        )
     except ValidationError as error:
         raise _as_recipe_error(error, values, kind, place) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -32,7 +32,7 @@ class YamlTree:
 class _Loader(yaml.SafeLoader):
     """Resolves scalars as YAML 1.2 does: `1e-4` is a number; `on`, `12:30` and dates are strings."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (as PyYAML has it)
 
 
 for _tag, _pattern, _first in (
