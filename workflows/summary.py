@@ -7,7 +7,8 @@ from pathlib import Path
 from molmo2core.errors import DataError
 from molmo2core.recipe.schema import Recipe
 from molmo2core.references import EvaluationRef, ManifestsRef, ModelVersionRef, Reference, read_reference
-from molmo2core.storage import is_remote, join
+from molmo2core.storage import join
+from molmo2core.tracking.mlflow_run import tracking_uri, ui_command
 
 _ORDER = ("validate_data", "build_shards", "plan_packs", "train", "export_checkpoint", "evaluate", "register_model")
 _SHOWN = ("examples_per_pack", "token_fill", "steps", "tokens", "loss", "version")
@@ -87,16 +88,8 @@ def _places(references: Iterable[Reference], recipe: Recipe) -> list[str]:
             lines.append(f"Data Docs:   {join(reference.uri, 'data_docs', 'index.html')}")
         if isinstance(reference, EvaluationRef):
             lines.append(f"report:      {join(reference.uri, 'report.html')}")
-    lines.append(f"MLflow UI:   {mlflow_command(recipe)}")
+    lines.append(f"MLflow UI:   {ui_command(tracking_uri(recipe.register, recipe.workspace))}")
     return lines
-
-
-def mlflow_command(recipe: Recipe) -> str:
-    """How to look at the runs and model versions of this recipe."""
-    if recipe.register.uri and "://" in recipe.register.uri and not recipe.register.uri.startswith("sqlite"):
-        return recipe.register.uri
-    store = recipe.register.uri or f"sqlite:///{recipe.workspace}/mlflow/mlflow.db"
-    return f"mlflow ui --backend-store-uri {store}" if not is_remote(recipe.workspace) else "see register.uri"
 
 
 def _number(value: float) -> str:
