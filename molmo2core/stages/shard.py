@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -43,7 +44,11 @@ def run(section: ShardSection, *, manifests: Path, dataset: str, output: Path) -
     tokenizer_uri = storage.resolve(section.workspace, section.tokenizer)
     tokenizer_digest = hashlib.sha256(storage.read_bytes(storage.join(tokenizer_uri, "tokenizer.json"))).hexdigest()
     key = storage.content_key(
-        "build_shards", FORMAT, _content_digest(manifest), dataclasses.asdict(section.shards), tokenizer_digest
+        "build_shards",
+        FORMAT,
+        _content_digest(manifest, section.workspace),
+        dataclasses.asdict(section.shards),
+        tokenizer_digest,
     )
     uri = storage.join(section.workspace, "shards", dataset, key)
     reused = storage.is_committed(uri)
@@ -92,20 +97,25 @@ def _examples(manifest: str) -> Iterator[Example]:
             raise DataError(f"{manifest}:{row.line}", found=str(error), mend="validate the data again") from error
 
 
-def _content_digest(manifest: str) -> str:
-    """sha256 over the rows, media named by their checksums where validation recorded them, not by their place."""
+def _content_digest(manifest: str, workspace: str) -> str:
+    """sha256 over the rows, media named by their checksums where validation recorded them, else by their place
+    relative to the workspace: the same content in another workspace has the same digest.
+    """
     digest = hashlib.sha256()
+    root = workspace if storage.is_remote(workspace) else os.path.abspath(workspace)
     for row in read_manifest(manifest):
-        digest.update(json.dumps(_placeless(row), sort_keys=True).encode() + b"\n")
+        digest.update(json.dumps(_placeless(row, storage.join(root, "")), sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _placeless(row: ManifestRow) -> dict[str, Any]:
+def _placeless(row: ManifestRow, root: str) -> dict[str, Any]:
     content = dict(row.content)
-    checksums = content.get("measured", {}).get("sha256")
-    if checksums:
-        content["media"] = {name: value for name, value in content["media"].items() if name != "files"}
-    return content
+    media = dict(content["media"])
+    if content.get("measured", {}).get("sha256"):
+        media.pop("files", None)
+    else:
+        media["files"] = [name.removeprefix(root) for name in media.get("files", [])]
+    return content | {"media": media}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,77 @@
+"""Hand-made examples and real shards of them, for tests of everything between shards and batches."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from molmo2core import storage
+from molmo2core.annotations import Conversation, QuestionAnswer, Turn
+from molmo2core.examples import Example, Media, Split
+from molmo2core.references import ShardsRef
+from molmo2core.shards.config import ShardsConfig
+from molmo2core.shards.writer import write_shards
+from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
+
+
+def image_examples(dataset: str, count: int, *, split: Split = "train", seed: int = 0) -> list[Example]:
+    """Small images of one colour, with one to four questions each."""
+    rng = np.random.default_rng([seed, len(dataset), *dataset.encode()])
+    examples = []
+    for number in range(count):
+        width, height = (int(side) for side in rng.integers(20, 140, 2))
+        image = Image.new("RGB", (width, height), tuple(int(value) for value in rng.integers(0, 255, 3)))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG")
+        examples.append(
+            Example(
+                uid=f"{dataset}-{split}-{number}",
+                dataset=dataset,
+                split=split,
+                media=Media(kind="image", files=(buffer.getvalue(),), sizes=((width, height),)),
+                annotations=tuple(
+                    QuestionAnswer(task="image_qa", question="a red circle" + "?" * (n + 1), answer="yes " * (n + 1))
+                    for n in range(int(rng.integers(1, 5)))
+                ),
+            )
+        )
+    return examples
+
+
+def text_examples(dataset: str, count: int, *, split: Split = "train") -> list[Example]:
+    """Conversations without a medium."""
+    return [
+        Example(
+            uid=f"{dataset}-{split}-{number}",
+            dataset=dataset,
+            split=split,
+            media=Media(kind="none"),
+            annotations=(
+                Conversation(
+                    task="text",
+                    turns=(Turn(role="user", text="count " * (1 + number % 7)), Turn(role="assistant", text="one two")),
+                ),
+            ),
+        )
+        for number in range(count)
+    ]
+
+
+def write_tiny_shards(examples: Sequence[Example], workspace: str, *, shard_bytes: int = 20_000) -> ShardsRef:
+    """Real, committed shards of one dataset's examples below `workspace` (local or `s3://`)."""
+    dataset = examples[0].dataset
+    uri = storage.join(workspace, "shards", dataset, storage.content_key(len(examples), shard_bytes))
+    config = ShardsConfig(shard_bytes=shard_bytes)
+    folder = storage.commit_folder(
+        uri, lambda path: {"num_samples": write_shards(examples, path, config=config, tokenizer=tiny_tokenizer())}
+    )
+    return ShardsRef(
+        uri=uri,
+        digest=folder.digest,
+        dataset=dataset,
+        tokenizer_digest="tiny",
+        num_samples=folder.meta["num_samples"],
+    )

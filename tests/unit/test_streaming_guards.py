@@ -1,0 +1,241 @@
+"""streaming's faults, each shown on the plain class and then absent with ours."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import boto3
+import pytest
+from streaming import Stream, StreamingDataset
+from streaming.base.dataset import _ShardState
+
+from molmo2core import storage
+from molmo2core.errors import DataError, PlatformError
+from molmo2core.references import ShardsRef
+from molmo2core.shards.index import parse_index
+from molmo2core.shards.reader import ExampleReader
+from molmo2core.shards.streaming_guards import GuardedStream, GuardedStreamingDataset
+from molmo2core.testing.tiny_examples import image_examples, write_tiny_shards
+
+
+@pytest.fixture
+def ref(tmp_path: Path) -> ShardsRef:
+    """Several local shards of 30 examples."""
+    return write_tiny_shards(image_examples("a", 30), str(tmp_path / "ws"))
+
+
+@pytest.fixture
+def s3_ref(s3_bucket: str) -> ShardsRef:
+    """The same behind an S3 server."""
+    return write_tiny_shards(image_examples("a", 30), f"{s3_bucket}/ws")
+
+
+def damage(uri: str, name: str, content: bytes | None) -> None:
+    """Overwrite or delete a stored object."""
+    bucket, _, key = storage.join(uri, name).removeprefix("s3://").partition("/")
+    client = boto3.client("s3")
+    if content is None:
+        client.delete_object(Bucket=bucket, Key=key)
+    else:
+        client.put_object(Bucket=bucket, Key=key, Body=content)
+
+
+def test_missing_shard_raises_at_once_and_at_every_try(s3_ref: ShardsRef, tmp_path: Path) -> None:
+    """The fault: after a failed download the shard stays 'preparing', and the next reader waits for ever."""
+    damage(storage.open_committed(s3_ref.uri).uri, "train/shard.00001.mds", None)
+    remote = storage.open_committed(s3_ref.uri).uri
+    plain = StreamingDataset(
+        streams=[Stream(remote=remote, local=str(tmp_path / "plain"), split="train", download_retry=1)], batch_size=1
+    )
+    last = len(plain) - 1
+    missing = int(plain.spanner[next(i for i in range(last) if plain.spanner[i][0] == 1)][0])
+    with pytest.raises(Exception, match=r"shard\.00001|NoSuchKey|not found|404"):
+        plain.prepare_shard(missing)
+    assert plain._shard_states[missing] == _ShardState.PREPARING, "what others wait on"
+    waiting = threading.Thread(target=plain.prepare_shard, args=(missing,), daemon=True)
+    waiting.start()
+    waiting.join(1.0)
+    assert waiting.is_alive(), "streaming no longer hangs: the guard can go"
+    plain._shard_states[missing] = _ShardState.REMOTE  # let the thread end
+
+    reader = ExampleReader([s3_ref], "train", tmp_path / "cache")
+    first = int(reader._samples.samples_per_shard[0])
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"shard\.00001\.mds: no such object"):
+            reader.example(first)
+    assert reader.example(0).uid == "a-train-0"
+
+
+def test_corrupt_download_never_enters_the_cache(s3_ref: ShardsRef, tmp_path: Path) -> None:
+    """The fault: a file whose checksum failed stays in the cache, and the retried process reads it."""
+    remote = storage.open_committed(s3_ref.uri).uri
+    content = bytearray(storage.read_bytes(storage.join(remote, "train/shard.00000.mds")))
+    content[-20:] = bytes(20)
+    damage(remote, "train/shard.00000.mds", bytes(content))
+    plain = StreamingDataset(
+        streams=[Stream(remote=remote, local=str(tmp_path / "plain"), split="train", validate_hash="xxh64")],
+        batch_size=1,
+    )
+    with pytest.raises(ValueError, match="Checksum failure"):
+        plain[0]
+    plain._shard_states[0] = _ShardState.REMOTE  # as in a new process
+    assert plain[0]["uid"], "streaming no longer serves it: the guard can go"
+
+    for _ in range(2):  # the second is the retried process
+        with pytest.raises(DataError, match=r"shard\.00000\.mds: xxh64 .* damaged"):
+            ExampleReader([s3_ref], "train", tmp_path / "cache").example(0)
+    assert not list((tmp_path / "cache").rglob("*.mds"))
+
+
+def test_cut_cache_file_is_fetched_again(s3_ref: ShardsRef, tmp_path: Path) -> None:
+    """The fault: whatever lies in the cache under the right name is believed."""
+    reader = ExampleReader([s3_ref], "train", tmp_path / "cache")
+    expected = reader.example(0)
+    (shard,) = (tmp_path / "cache").rglob("*.mds")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert ExampleReader([s3_ref], "train", tmp_path / "cache").example(0) == expected
+
+
+@pytest.mark.parametrize("mend", ["delete", "cut"])
+def test_damaged_local_shard_is_an_error_when_opened(ref: ShardsRef, tmp_path: Path, mend: str) -> None:
+    """The fault: a shorter shard gives samples that end early, without an error, until training meets them."""
+    shard = Path(ref.uri, "train", "shard.00001.mds")
+    if mend == "delete":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"shard\.00001\.mds: (no such file|\d+ bytes); expected \d+ bytes"):
+        ExampleReader([ref], "train", tmp_path)
+
+
+def test_local_shard_that_vanishes_later_is_an_error(ref: ShardsRef, tmp_path: Path) -> None:
+    """The fault: eight silent tries, then a message that speaks of thrashing or of a remote."""
+    reader = ExampleReader([ref], "train", tmp_path)
+    Path(ref.uri, "train", "shard.00000.mds").unlink()
+    with pytest.raises(DataError, match=r"shard\.00000\.mds: no such file"):
+        reader.example(0)
+
+
+def test_index_cannot_lead_out_of_the_cache(ref: ShardsRef, tmp_path: Path) -> None:
+    """The fault: `../x` as a file name makes streaming write beside its cache folder."""
+    source, cache = tmp_path / "source", tmp_path / "plain"
+    shutil.copytree(Path(ref.uri), source)
+    index_file = source / "train" / "index.json"
+    index = json.loads(index_file.read_text())
+    index["shards"][0]["raw_data"]["basename"] = "../../escaped.mds"
+    index_file.write_text(json.dumps(index))
+    shutil.move(source / "train" / "shard.00000.mds", source.parent / "escaped.mds")
+    plain = StreamingDataset(streams=[Stream(remote=str(source), local=str(cache / "x"), split="train")], batch_size=1)
+    assert plain[0]["uid"]
+    assert (cache / "escaped.mds").is_file(), "streaming no longer escapes: the guard can go"
+    with pytest.raises(DataError, match=r"file name '\.\./\.\./escaped\.mds'"):
+        GuardedStream(local=source, split="train")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hashes": {}}, "no checksum of shard.00000.mds"),
+        ({"basename": "a\\b"}, "file name"),
+        ({"basename": "/etc/passwd"}, "file name"),
+        ({"basename": "shard.00001.mds"}, "listed twice"),
+    ],
+)
+def test_index_is_checked(ref: ShardsRef, change: dict[str, object], words: str) -> None:
+    """Catches an index that is believed because it parses."""
+    index = json.loads(Path(ref.uri, "train", "index.json").read_text())
+    assert len(index["shards"]) > 1
+    index["shards"][0]["raw_data"] |= change
+    with pytest.raises(DataError, match=words):
+        parse_index(json.dumps(index).encode(), "x")
+
+
+@pytest.mark.parametrize("change", [{"column_encodings": ["pkl"] * 7}, {"compression": "zstd"}, {"format": "json"}])
+def test_foreign_shards_are_refused(ref: ShardsRef, change: dict[str, object]) -> None:
+    """Catches shards with pickles (which run code when read), or of another writer."""
+    index = json.loads(Path(ref.uri, "train", "index.json").read_text())
+    index["shards"][0] |= change
+    with pytest.raises(DataError):
+        parse_index(json.dumps(index).encode(), "x")
+
+
+def _hold(uri: str, local: str, plain: bool, ready: multiprocessing.connection.Connection) -> None:
+    if plain:
+        kept: object = StreamingDataset(streams=[Stream(remote=uri, local=local, split="train")], batch_size=1)
+    else:
+        kept = GuardedStreamingDataset([GuardedStream(local=Path(local), split="train", source=uri)])
+    ready.send(True)
+    signal.pause()
+    del kept
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_cache_can_be_used_again_after_kill_9(s3_ref: ShardsRef, tmp_path: Path, plain: bool) -> None:
+    """The fault: shared memory of a killed process makes streaming refuse its cache folder."""
+    remote, local = storage.open_committed(s3_ref.uri).uri, str(tmp_path / "cache")
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_hold, args=(remote, local, plain, there))
+    process.start()
+    assert here.recv()
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    if plain:
+        with pytest.raises(ValueError, match="Reused local directory"):
+            StreamingDataset(streams=[Stream(remote=remote, local=local, split="train")], batch_size=1)
+    else:
+        again = GuardedStreamingDataset([GuardedStream(local=Path(local), split="train", source=remote)])
+        assert again[0]["uid"] == "a-train-0"
+
+
+def _build_many(uri: str, plain: bool, start: multiprocessing.synchronize.Barrier) -> int:
+    failures = 0
+    for _ in range(15):
+        start.wait()
+        try:
+            if plain:
+                StreamingDataset(local=uri, split="train", batch_size=1)
+            else:
+                GuardedStreamingDataset([GuardedStream(local=Path(uri), split="train")])
+        except OSError:
+            failures += 1
+    return failures
+
+
+def test_processes_that_start_at_once_do_not_meet(ref: ShardsRef) -> None:
+    """The fault: two processes choose one name for their shared memory; one dies with FileExistsError."""
+    context = multiprocessing.get_context("fork")
+    failures = {}
+    for plain in (True, False):
+        with context.Manager() as manager, context.Pool(4) as pool:
+            start = manager.Barrier(4)
+            failures[plain] = sum(pool.starmap(_build_many, [(ref.uri, plain, start)] * 4))
+    assert failures[False] == 0
+    if not failures[True]:
+        pytest.skip("the plain class happened not to collide this time; the guarded one was checked")
+
+
+def test_no_process_group_is_started_behind_the_callers_back(
+    ref: ShardsRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault: with WORLD_SIZE set, the constructor starts (and ends) a process group of its own, or hangs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(PlatformError, match="WORLD_SIZE is 2, but there is no process group"):
+        ExampleReader([ref], "train", tmp_path)
+
+
+def test_many_readers_in_one_process(ref: ShardsRef, tmp_path: Path) -> None:
+    """Catches stale shared memory between readers that live one after the other and side by side."""
+    readers = [ExampleReader([ref], "train", tmp_path) for _ in range(10)]
+    for reader in readers:
+        assert reader.example(29).uid == "a-train-29"
+    del readers, reader
+    assert ExampleReader([ref], "train", tmp_path).example(0).uid == "a-train-0"
