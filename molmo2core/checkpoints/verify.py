@@ -97,7 +97,10 @@ def _compare_logits(
     largest = 0.0
     for kind, batch in batches.items():
         ours = torch.cat(our_logits(model, batch, pad_id=pad_id))
-        theirs = torch.cat(native_logits(native, batch, pad_id=pad_id, video=kind == "video"))
+        try:
+            theirs = torch.cat(native_logits(native, batch, pad_id=pad_id, video=kind == "video"))
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"transformers' Molmo2 on the probe '{kind}'", found=f"it fails: {error}") from error
         differences[kind] = float((ours - theirs).abs().max())
         largest = max(largest, float(ours.abs().max()))
     return differences, largest

@@ -1,8 +1,8 @@
 """Our Molmo2 against transformers' own, on random tiny weights, float32, CPU.
 
-Tolerances: over all variants, inputs and ten seeds, the largest difference measured was 2.5e-6 of the largest logit,
-and 2.3e-6 of a tensor's largest gradient (x86, torch 2.7, one thread).  Allowed is 1e-5 and 2e-5: other builds sum in
-another order.  The negative controls below differ by more than 1e-2.
+Tolerances: over all variants and inputs and ten seeds of the model, the largest difference measured was 2.0e-6 of the
+largest logit, and 5.5e-6 of a tensor's largest gradient (x86, torch 2.7, one thread).  Allowed is 1e-5 and 2e-5: other
+builds sum in another order.  The negative controls at the end differ by more than 0.7.
 """
 
 from __future__ import annotations
@@ -235,4 +235,4 @@ def test_these_inputs_tell_wrong_models_apart(variant: Variant, spoil: Callable[
     spoiled = copy.deepcopy(model)
     ours = our_logits(spoiled, spoil(spoiled, prompts), pad_id=SPECIAL.pad)
     theirs = native_logits(native, prompts, pad_id=SPECIAL.pad, video=False)
-    assert relative_difference(ours, theirs) > 1e-2
+    assert relative_difference(ours, theirs) > 0.1
