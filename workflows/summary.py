@@ -11,7 +11,7 @@ from molmo2core.storage import join
 from molmo2core.tracking.mlflow_run import tracking_uri, ui_command
 
 _ORDER = ("validate_data", "build_shards", "plan_packs", "train", "export_checkpoint", "evaluate", "register_model")
-_SHOWN = ("examples_per_pack", "token_fill", "steps", "tokens", "loss", "version")
+_SHOWN = ("examples_per_pack", "token_fill", "steps", "tokens", "first_loss", "last_loss", "logit_diff", "promoted")
 """Metrics of a stage that the table shows, by what their names begin with; everything else is in the references."""
 
 

@@ -73,7 +73,7 @@ def a_run(folder: Path, *, passed: bool) -> list[Reference]:
             stage="sft",
             step=5,
             recipe_fingerprint="f",
-            report=report("train.sft", 12.5, loss=1.5),
+            report=report("train.sft", 12.5, last_loss=1.5),
             digest="3",
         ),
         "train/checkpoint": CheckpointRef(
@@ -116,7 +116,7 @@ def test_closing_table_has_everything_a_user_asks(
         "validate_data", "plan_packs.sft", "train.pretrain", "train.sft", "evaluate", "register_model", "all",
     ]  # fmt: skip
     assert "validate_data                    1.0 s   reused" in text
-    assert "examples_per_pack 3.25" in text and "loss 1.5" in text and "12.5 s   made" in text
+    assert "examples_per_pack 3.25" in text and "last_loss 1.5" in text and "12.5 s   made" in text
     assert any(line.split() == ["image_qa/accuracy", "0.250", "0.125"] for line in lines)
     assert ("gate: passed" in text) is passed and ("is below 0.5" in text) is not passed
     assert "molmo2-tiny version 3, alias candidate" in text and "3.0 GiB" in text
