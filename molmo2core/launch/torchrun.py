@@ -56,8 +56,8 @@ def run_torchrun(
             text=True,
             errors="replace",
         )
-        with _passed_on_signals(process) as received:
-            assert process.stdout is not None
+        assert process.stdout is not None
+        with _passed_on_signals(process) as received, process.stdout:
             tail = _echo(process.stdout)
             code = process.wait()
         error = child.read_error(error_file)
