@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 TIME_TOLERANCE_SECONDS = 0.25
 """Half the spacing of frames at 2 per second: a time may be off by rounding, never by a whole frame."""
 
+_ROUNDING = 1e-6  # pixels; far below the resolution of written points, far above that of floats
 _NEVER = 1e9  # pixels; so the assignment first makes as many allowed pairs as it can, then the shortest ones
 
 
@@ -36,8 +37,13 @@ def count_hits(
         allowed: [N, M] pairs that may match at all (same image, same time).
     """
     rows, columns = linear_sum_assignment(np.where(allowed, distances, _NEVER))
-    hits = allowed[rows, columns] & (distances[rows, columns] <= radii[columns])
-    return int(hits.sum())
+    hits = allowed & within(distances, radii)
+    return int(hits[rows, columns].sum())
+
+
+def within(distances: npt.NDArray[np.float64], radii: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """[N, M] whether each prediction lies in the disc of each true position [M], its edge included."""
+    return distances <= radii + _ROUNDING
 
 
 def agreement(num_hits: int, num_predicted: int, num_true: int) -> Agreement:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 from molmo2core.annotations import Track
-from molmo2core.evaluation.metrics.matching import TIME_TOLERANCE_SECONDS, agreement, count_hits
+from molmo2core.evaluation.metrics.matching import TIME_TOLERANCE_SECONDS, agreement, count_hits, within
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ class _Moment:
     @property
     def similar(self) -> npt.NDArray[np.bool_]:
         """[N, M] whether a prediction is within a true object's radius."""
-        return self.distances <= self.radii
+        return within(self.distances, self.radii)
 
 
 def score_tracks(predicted: Sequence[Track], truth: Sequence[Track], size: tuple[int, int]) -> TrackingScores:
