@@ -26,7 +26,7 @@ from molmo2core.checkpoints.hf_config import (
 from molmo2core.checkpoints.import_hf import import_released, initial_model, load_decoder, load_vision_encoder
 from molmo2core.checkpoints.reference import load_weights, save_weights
 from molmo2core.checkpoints.weight_files import INDEX, WeightFiles, write_weights
-from molmo2core.errors import CheckpointError, RecipeError
+from molmo2core.errors import CheckpointError, PlatformError, RecipeError
 from molmo2core.model.config import ModelConfig, Size, named_config
 from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.sources.shapes_tokenizer import save_tokenizer
@@ -451,3 +451,12 @@ def test_base_vision_encoder_computes_what_transformers_computes(tmp_path: Path)
         load_vision_encoder(tmp_path, initial_model(deep, InitialWeights(), seed=0, workspace=""))
     with pytest.raises(CheckpointError):  # no decoder in there
         load_decoder(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("uri", "error"), [("hf://nobody/nothing-here", PlatformError), ("hf://not/a/name", CheckpointError)]
+)
+def test_hub_failures_are_messages(uri: str, error: type[Exception]) -> None:
+    """Without network (conftest.py) a well-formed name is worth another try, a malformed one is the user's to mend."""
+    with pytest.raises(error, match="hub"):
+        initial_model(tiny_config(), InitialWeights(molmo2=uri), seed=0, workspace="")
