@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shlex
 import warnings
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 KEY_TAG = "molmo2core.key"
 ATTEMPT_TAG = "molmo2core.attempt"
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _SQLITE = "sqlite:///"
 _DATASET_DIGEST_LENGTH = 32  # MLflow's column holds 36; the whole sha256 goes into a tag
 _METRICS_PER_REQUEST = 1000
@@ -38,7 +40,7 @@ _DEFAULTS = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # else long parameters are cut without a word
     "MLFLOW_UV_AUTO_DETECT": "false",  # else a model's requirements come from whatever lock file lies around
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # a bar per kilobyte
 }
 
 
@@ -48,7 +50,7 @@ def tracking_uri(config: TrackingConfig, workspace: str) -> str:
     Raises:
         RecipeError: nothing is set and the workspace is an object store, on which sqlite cannot live.
     """
-    found = config.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    found = config.uri or os.environ.get(_URI_VARIABLE, "")
     if found:
         return found
     if is_remote(workspace):
@@ -97,6 +99,38 @@ def tracking_errors(uri: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         raise PlatformError(uri, found=f"MLflow: {error}", mend="check that the tracking store is up") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without MLflow's advice on things that are as they are on purpose; its errors are still seen."""
+    logger = logging.getLogger("mlflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def as_default(uri: str) -> Iterator[None]:
+    """Make `uri` MLflow's process-wide store, for the few calls that ask no client; then undo it.
+
+    Setting it also writes MLFLOW_TRACKING_URI, which would later look like the user's choice.
+    """
+    import mlflow
+
+    before = os.environ.get(_URI_VARIABLE)
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        if before is not None:
+            os.environ[_URI_VARIABLE] = before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,8 +307,8 @@ def _create_sqlite_under_lock(database: Path) -> None:
 
     unfinished = database.with_name(f"{database.name}.unfinished")
     unfinished.unlink(missing_ok=True)
-    store = SqlAlchemyStore(f"{_SQLITE}{unfinished}", (database.parent / "artifacts").as_uri())
-    store.engine.dispose()
+    with quiet():
+        SqlAlchemyStore(f"{_SQLITE}{unfinished}", (database.parent / "artifacts").as_uri()).engine.dispose()
     os.replace(unfinished, database)
 
 

@@ -26,7 +26,16 @@ from molmo2core import storage
 from molmo2core.errors import CheckpointError, DataError, exit_with_message
 from molmo2core.tracking.config import TrackingConfig
 from molmo2core.tracking.ledger import Decision, Ledger, Record, champions
-from molmo2core.tracking.mlflow_run import KEY_TAG, TrackedRun, connect, sqlite_path, tracking_errors, tracking_uri
+from molmo2core.tracking.mlflow_run import (
+    KEY_TAG,
+    TrackedRun,
+    as_default,
+    connect,
+    quiet,
+    sqlite_path,
+    tracking_errors,
+    tracking_uri,
+)
 from molmo2core.tracking.pyfunc_model import REFERENCE_ARTIFACT, signature
 
 if TYPE_CHECKING:
@@ -84,9 +93,14 @@ class Registry:
                 return found
             model_id = self._log_model(run, key, code, checkpoint, step)
             run.log_metrics(metrics, step, model_id=model_id)
-            made = self.client.create_model_version(
-                self.name, f"models:/{model_id}", run_id=run.run_id, tags={KEY_TAG: key} | _cut(tags), model_id=model_id
-            )
+            with as_default(self.uri):  # on sqlite the registry looks the logged model up in the default store
+                made = self.client.create_model_version(
+                    self.name,
+                    f"models:/{model_id}",
+                    run_id=run.run_id,
+                    tags={KEY_TAG: key} | _cut(tags),
+                    model_id=model_id,
+                )
             return str(made.version)
 
     def set_candidate(self, version: str) -> None:
@@ -199,14 +213,17 @@ class Registry:
             reference = Path(temporary) / "checkpoint_ref.json"
             reference.write_text(json.dumps(checkpoint, sort_keys=True, indent=1) + "\n")
             folder = Path(temporary) / "model"
-            save_model(
-                str(folder),
-                python_model=str(code),
-                artifacts={REFERENCE_ARTIFACT: str(reference)},
-                signature=signature(),
-                pip_requirements=[_requirement()],
-                mlflow_model=Model(artifact_path=model.artifact_location, run_id=run.run_id, model_id=model.model_id),
-            )
+            with quiet():
+                save_model(
+                    str(folder),
+                    python_model=str(code),
+                    artifacts={REFERENCE_ARTIFACT: str(reference)},
+                    signature=signature(),
+                    pip_requirements=[_requirement()],
+                    mlflow_model=Model(
+                        artifact_path=model.artifact_location, run_id=run.run_id, model_id=model.model_id
+                    ),
+                )
             run.client.log_model_artifacts(model.model_id, str(folder))
         run.client.finalize_logged_model(model.model_id, "READY")
         run.client.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step)])
