@@ -70,6 +70,8 @@ def _video_facts(content: bytes) -> FileFacts:
     with av.open(io.BytesIO(content), mode="r") as container:
         if not container.streams.video:
             return FileFacts(fault="broken_file", details="has no video stream")
+        if container.format.name.endswith("_pipe"):
+            return FileFacts(fault="broken_file", details=f"is a still picture ({container.format.name}), no video")
         stream = container.streams.video[0]
         if stream.width * stream.height > MAX_PIXELS:
             return _oversized(stream.width, stream.height)

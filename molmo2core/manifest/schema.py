@@ -61,6 +61,8 @@ class Measured:
 
     sizes: tuple[tuple[int, int], ...] = ()
     """Displayed (width, height) of each file."""
+    sha256: tuple[str, ...] = ()
+    """Checksum of each file."""
     duration_seconds: float = 0.0
     """Of a video, else 0."""
 

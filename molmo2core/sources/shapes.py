@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from molmo2core.annotations import Annotation, MediaKind, Pointing, Tracking
-from molmo2core.errors import Molmo2Error, exit_with_message
+from molmo2core.errors import DataError, Molmo2Error, exit_with_message
 from molmo2core.examples import Split, Subtitle
 from molmo2core.sources import shapes_annotations as texts
 from molmo2core.sources.config import ShapesConfig
@@ -36,7 +36,7 @@ from molmo2core.sources.shapes_scene import (
     random_scene,
 )
 from molmo2core.sources.shapes_tokenizer import save_tokenizer, train_tokenizer
-from molmo2core.storage import commit_folder
+from molmo2core.storage import commit_folder, is_committed
 
 FORMAT = 1
 """Changes whenever the same configuration would render another corpus."""
@@ -74,14 +74,26 @@ class PlannedRow:
         return f"{self.make.__name__}-{self.index:06d}"
 
 
-def make_corpus(folder: Path, config: ShapesConfig) -> None:
-    """Render the corpus into `folder`, which becomes visible whole or not at all; nothing is done if it is there.
+def make_corpus(folder: Path | str, config: ShapesConfig) -> bool:
+    """Render the corpus into `folder`, local or `s3://`, which becomes visible whole or not at all.
+
+    Returns:
+        Whether it was rendered; False when it was already there.
 
     Raises:
         PlatformError: the folder cannot be written.
-        DataError: something else already stands at `folder`.
+        DataError: something else, or the corpus of another configuration, already stands there.
     """
-    commit_folder(str(folder), lambda attempt: _fill(attempt, config))
+    there = is_committed(str(folder))
+    meta = commit_folder(str(folder), lambda attempt: _fill(attempt, config)).meta
+    if meta != _meta(config):
+        raise DataError(
+            str(folder),
+            found=f"the corpus of {meta}",
+            expected=str(_meta(config)),
+            mend="choose another workspace, or remove the folder if nothing needs it",
+        )
+    return not there
 
 
 def plan_rows(config: ShapesConfig) -> list[PlannedRow]:
@@ -190,6 +202,10 @@ def _fill(folder: Path, config: ShapesConfig) -> dict[str, Any]:
     for dataset, rows in lines.items():
         (folder / "manifests" / f"{dataset}.jsonl").write_text("\n".join(rows) + "\n")
     save_tokenizer(train_tokenizer(said, config.vocab_size), folder / "tokenizer")
+    return _meta(config)
+
+
+def _meta(config: ShapesConfig) -> dict[str, Any]:
     return {"format": FORMAT, "config": dataclasses.asdict(config)}
 
 

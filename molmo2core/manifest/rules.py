@@ -1,0 +1,332 @@
+"""What the values of a row must fulfil: each rule finds its own offenders and says why they are refused.
+
+A rule's name appears in the quarantine, in the Data Docs and in the table of docs/manifest.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from molmo2core.annotations import (
+    MEDIA_OF_TASK,
+    Caption,
+    Conversation,
+    Point,
+    Pointing,
+    QuestionAnswer,
+    Tracking,
+)
+from molmo2core.manifest.measure import FileFacts
+from molmo2core.manifest.schema import ParsedRow, Problem, shown
+from molmo2core.special_tokens import CHAT_END, CHAT_START, EXTRA_TOKENS, TEXT_PAD
+
+TIME_TOLERANCE_SECONDS = 0.001
+"""Durations in containers are rounded to about a millisecond."""
+
+RULES: dict[str, str] = {
+    "json": "the line is a JSON object",
+    "unknown_key": "every key is known",
+    "missing_key": "every key that has no default is there",
+    "wrong_value": "values have the right type; `split`, `kind` and `role` one of their words",
+    "unknown_task": "the task is one of the twelve",
+    "duplicate_id": "ids are unique in a dataset; the first row keeps its id",
+    "no_annotations": "there is at least one annotation",
+    "task_of_medium": "the task fits the kind of medium",
+    "number_of_files": "no file for `none`, one for `image` and `video`, two or more for `images`",
+    "too_many_images": "a set has no more images than training takes; none is ever silently cut",
+    "missing_file": "every media file exists",
+    "empty_file": "no media file has zero bytes",
+    "broken_file": "every media file can be decoded to its end",
+    "oversized_file": "no image or frame has more than 100 million pixels",
+    "split_leak": "no medium is in two splits; a row of the split nearer to training gives way",
+    "empty_text": "ids, texts, questions, answers, options and labels are not blank",
+    "special_token": "no text contains a special token of the tokenizer",
+    "options": "options are two or more, all different, and the answer is one of them",
+    "turn_order": "a conversation starts with the user, alternates and ends with the assistant",
+    "point_outside": "0 <= x, y <= 1: fractions of the displayed width and height",
+    "radius": "0 < radius <= 1",
+    "image_number": "a point's image is one of the set, counted from 1",
+    "point_time": "points of a video have a time, points of images have none",
+    "time_outside": "times lie between 0 and the end of the video",
+    "track_order": "a track has positions, in ascending time, at most one per time",
+    "object_ids": "object ids of one annotation are different and not negative",
+    "sampling_fps": "sampling_fps is above 0",
+    "subtitles": "subtitles belong to a video, end after they start; `subtitle_qa` has some",
+    "license": "the licence is one that the recipe allows",
+    "generator": "no text was written by a model that the recipe forbids",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the recipe allows."""
+
+    max_images: int
+    allowed_licenses: tuple[str, ...] = ()
+    forbidden_generators: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRow:
+    """A parsed row, what its files turned out to be, and the recipe's limits."""
+
+    row: ParsedRow
+    files: tuple[FileFacts, ...]
+    limits: Limits = field(default_factory=lambda: Limits(max_images=5))
+
+    @property
+    def duration_seconds(self) -> float | None:
+        """Of the video; None when there is none that could be opened."""
+        if self.row.media.kind != "video" or len(self.files) != 1 or self.files[0].fault:
+            return None
+        return self.files[0].duration_seconds
+
+
+def find_problems(checked: CheckedRow) -> list[Problem]:
+    """Everything that the rules say about one row by itself (`duplicate_id` and `split_leak` need the others)."""
+    return [problem for rule in _ROW_RULES for problem in rule(checked)]
+
+
+def _files(checked: CheckedRow) -> Iterator[Problem]:
+    media = checked.row.media
+    allowed = {"none": (0, 0), "image": (1, 1), "video": (1, 1), "images": (2, None)}
+    fewest, most = allowed[media.kind]
+    if len(media.files) < fewest or (most is not None and len(media.files) > most):
+        expected = f"{fewest} for kind {media.kind!r}" if most == fewest else f"{fewest} or more for kind 'images'"
+        yield Problem(rule="number_of_files", place="media.files", found=f"{len(media.files)} files", expected=expected)
+    if media.kind == "images" and len(media.files) > checked.limits.max_images:
+        yield Problem(
+            rule="too_many_images",
+            place="media.files",
+            found=f"{len(media.files)} images",
+            expected=f"at most {checked.limits.max_images}",
+            mend="split the set or raise max_images in the recipe",
+        )
+    for number, (name, facts) in enumerate(zip(media.files, checked.files, strict=True)):
+        if facts.fault:
+            found = f"{name}: {facts.details}"
+            yield Problem(rule=facts.fault, place=f"media.files[{number}]", found=found, mend="deliver the file again")
+
+
+def _tasks(checked: CheckedRow) -> Iterator[Problem]:
+    row = checked.row
+    if not row.annotations:
+        yield Problem(rule="no_annotations", place="annotations", found="none", expected="at least one")
+    for number, annotation in enumerate(row.annotations):
+        if row.media.kind not in MEDIA_OF_TASK[annotation.task]:
+            expected = " or ".join(MEDIA_OF_TASK[annotation.task])
+            found = f"{annotation.task!r} on media of kind {row.media.kind!r}"
+            place = f"annotations[{number}].task"
+            yield Problem(rule="task_of_medium", place=place, found=found, expected=f"kind {expected}")
+
+
+def _texts(checked: CheckedRow) -> Iterator[Problem]:
+    for place, text in _all_texts(checked.row):
+        if not text.strip():
+            yield Problem(rule="empty_text", place=place, found="blank", expected="a text")
+        if token := next((token for token in _SPECIAL_TOKENS if token in text), ""):
+            yield Problem(
+                rule="special_token",
+                place=place,
+                found=f"the special token {token}",
+                expected="plain text",
+                mend="write it in another way; as it stands it would become a control token",
+            )
+
+
+def _options(checked: CheckedRow) -> Iterator[Problem]:
+    for number, annotation in enumerate(checked.row.annotations):
+        if not isinstance(annotation, QuestionAnswer) or not annotation.options:
+            continue
+        place, options = f"annotations[{number}]", annotation.options
+        if len(options) < 2 or len(set(options)) < len(options):
+            expected = "two or more different options"
+            yield Problem(rule="options", place=f"{place}.options", found=shown(options), expected=expected)
+        if annotation.answer not in options:
+            expected = f"one of the options {shown(options)}"
+            yield Problem(rule="options", place=f"{place}.answer", found=shown(annotation.answer), expected=expected)
+
+
+def _turns(checked: CheckedRow) -> Iterator[Problem]:
+    for number, annotation in enumerate(checked.row.annotations):
+        if isinstance(annotation, Conversation):
+            roles = [turn.role for turn in annotation.turns]
+            if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+                expected = "user, assistant, user, ..., assistant"
+                place = f"annotations[{number}].turns"
+                yield Problem(rule="turn_order", place=place, found=shown(roles), expected=expected)
+
+
+def _points(checked: CheckedRow) -> Iterator[Problem]:
+    is_video = checked.row.media.kind == "video"
+    num_files = len(checked.row.media.files)
+    for place, point in _all_points(checked.row):
+        if not 1 <= point.image <= max(num_files, 1) or (is_video and point.image != 1):
+            expected = f"1 to {num_files}" if checked.row.media.kind == "images" else "1"
+            yield Problem(rule="image_number", place=f"{place}.image", found=str(point.image), expected=expected)
+        if (point.time is not None) != is_video:
+            found = "missing" if point.time is None else f"{point.time} on an image"
+            expected = "seconds" if is_video else "no time"
+            yield Problem(rule="point_time", place=f"{place}.time", found=found, expected=expected)
+    for place, x, y in _all_positions(checked.row):
+        if not (0 <= x <= 1 and 0 <= y <= 1):
+            yield Problem(
+                rule="point_outside",
+                place=place,
+                found=f"({x:g}, {y:g})",
+                expected="0 <= x, y <= 1",
+                mend=_unit_hint(checked.row),
+            )
+    for place, radius in _all_radii(checked.row):
+        if not 0 < radius <= 1:
+            expected = "above 0, at most 1: a fraction of the shorter side"
+            yield Problem(rule="radius", place=place, found=f"{radius:g}", expected=expected)
+
+
+def _times(checked: CheckedRow) -> Iterator[Problem]:
+    duration = checked.duration_seconds
+    if duration is None:
+        return
+    for place, time in _all_times(checked.row):
+        if not 0 <= time <= duration + TIME_TOLERANCE_SECONDS:
+            expected = f"0 to {duration:g} s, the length of the video"
+            yield Problem(rule="time_outside", place=place, found=f"{time:g} s", expected=expected)
+
+
+def _tracks(checked: CheckedRow) -> Iterator[Problem]:
+    for number, annotation in enumerate(checked.row.annotations):
+        if not isinstance(annotation, Tracking):
+            continue
+        place = f"annotations[{number}]"
+        if annotation.sampling_fps <= 0:
+            found = f"{annotation.sampling_fps:g}"
+            yield Problem(rule="sampling_fps", place=f"{place}.sampling_fps", found=found, expected="above 0")
+        ids = Counter(track.object_id for track in annotation.tracks)
+        for object_id, count in ids.items():
+            if count > 1 or object_id < 0:
+                found = f"object_id {object_id} {count} times"
+                expected = "different ids, none negative"
+                yield Problem(rule="object_ids", place=f"{place}.tracks", found=found, expected=expected)
+        for index, track in enumerate(annotation.tracks):
+            times = [position.time for position in track.positions]
+            if not times or any(later <= earlier for earlier, later in itertools.pairwise(times)):
+                place_of_track = f"{place}.tracks[{index}].positions"
+                expected = "at least one, each later than the one before"
+                yield Problem(
+                    rule="track_order", place=place_of_track, found=f"times {shown(times)}", expected=expected
+                )
+
+
+def _subtitles(checked: CheckedRow) -> Iterator[Problem]:
+    media = checked.row.media
+    if media.subtitles and media.kind != "video":
+        found = f"subtitles on media of kind {media.kind!r}"
+        yield Problem(rule="subtitles", place="media.subtitles", found=found, expected="a video")
+    for number, line in enumerate(media.subtitles):
+        if not line.start < line.end:
+            found = f"start {line.start:g}, end {line.end:g}"
+            yield Problem(rule="subtitles", place=f"media.subtitles[{number}]", found=found, expected="start < end")
+    if not media.subtitles and any(annotation.task == "subtitle_qa" for annotation in checked.row.annotations):
+        found = "none, with a question of task 'subtitle_qa'"
+        yield Problem(rule="subtitles", place="media.subtitles", found=found, expected="at least one line")
+
+
+def _provenance(checked: CheckedRow) -> Iterator[Problem]:
+    row, limits = checked.row, checked.limits
+    if limits.allowed_licenses and row.license not in limits.allowed_licenses:
+        expected = f"one of {', '.join(limits.allowed_licenses)}"
+        yield Problem(rule="license", place="license", found=shown(row.license), expected=expected)
+    forbidden = next((name for name in limits.forbidden_generators if name.lower() in row.generator.lower()), "")
+    if forbidden:
+        expected = f"no generator whose name contains {forbidden!r}"
+        yield Problem(rule="generator", place="generator", found=shown(row.generator), expected=expected)
+
+
+_ROW_RULES: tuple[Callable[[CheckedRow], Iterator[Problem]], ...] = (
+    _files, _tasks, _texts, _options, _turns, _points, _times, _tracks, _subtitles, _provenance,
+)  # fmt: skip
+_SPECIAL_TOKENS = (CHAT_START, CHAT_END, TEXT_PAD, *EXTRA_TOKENS)
+
+
+def _all_texts(row: ParsedRow) -> Iterator[tuple[str, str]]:
+    yield "id", row.id
+    for number, line in enumerate(row.media.subtitles):
+        yield f"media.subtitles[{number}].text", line.text
+    for number, annotation in enumerate(row.annotations):
+        place = f"annotations[{number}]"
+        if isinstance(annotation, Caption):
+            yield f"{place}.text", annotation.text
+        elif isinstance(annotation, QuestionAnswer):
+            yield f"{place}.question", annotation.question
+            yield f"{place}.answer", annotation.answer
+            for index, option in enumerate(annotation.options):
+                yield f"{place}.options[{index}]", option
+        elif isinstance(annotation, Conversation):
+            for index, turn in enumerate(annotation.turns):
+                yield f"{place}.turns[{index}].text", turn.text
+        else:
+            yield f"{place}.label", annotation.label
+
+
+def _all_points(row: ParsedRow) -> Iterator[tuple[str, Point]]:
+    for number, annotation in enumerate(row.annotations):
+        if isinstance(annotation, Pointing):
+            for index, point in enumerate(annotation.points):
+                yield f"annotations[{number}].points[{index}]", point
+
+
+def _all_positions(row: ParsedRow) -> Iterator[tuple[str, float, float]]:
+    for place, point in _all_points(row):
+        yield place, point.x, point.y
+    for number, annotation in enumerate(row.annotations):
+        if isinstance(annotation, Tracking):
+            for index, track in enumerate(annotation.tracks):
+                for step, position in enumerate(track.positions):
+                    yield f"annotations[{number}].tracks[{index}].positions[{step}]", position.x, position.y
+
+
+def _all_radii(row: ParsedRow) -> Iterator[tuple[str, float]]:
+    for place, point in _all_points(row):
+        yield f"{place}.radius", point.radius
+    for number, annotation in enumerate(row.annotations):
+        if isinstance(annotation, Tracking):
+            for index, track in enumerate(annotation.tracks):
+                yield f"annotations[{number}].tracks[{index}].radius", track.radius
+
+
+def _all_times(row: ParsedRow) -> Iterator[tuple[str, float]]:
+    for place, point in _all_points(row):
+        if point.time is not None:
+            yield f"{place}.time", point.time
+    for number, annotation in enumerate(row.annotations):
+        if isinstance(annotation, Tracking):
+            for index, track in enumerate(annotation.tracks):
+                for step, position in enumerate(track.positions):
+                    yield f"annotations[{number}].tracks[{index}].positions[{step}].time", position.time
+    for number, line in enumerate(row.media.subtitles):
+        yield f"media.subtitles[{number}].start", line.start
+
+
+def _unit_hint(row: ParsedRow) -> str:
+    """What the unit may have been, judged by the largest value of the row."""
+    largest = max(max(x, y) for _, x, y in _all_positions(row))
+    if largest <= 1:
+        return "negative values lie outside"
+    if largest <= 1.05:
+        return "clip values that lie just outside"
+    return "looks like percent: divide by 100" if largest <= 100 else "looks like pixels: divide by width and height"
+
+
+def point_range(row: ParsedRow) -> tuple[float, float] | None:
+    """Smallest and largest coordinate of the row; None without points."""
+    values = [value for _, x, y in _all_positions(row) for value in (x, y)]
+    return (min(values), max(values)) if values else None
+
+
+def time_range(row: ParsedRow) -> tuple[float, float] | None:
+    """Earliest and latest time of the row; None without times."""
+    values = [time for _, time in _all_times(row)]
+    return (min(values), max(values)) if values else None
