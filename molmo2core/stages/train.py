@@ -184,8 +184,10 @@ def _resume_folder(uri: str) -> Path:
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[Path]:
     """`folder`, made if missing, for this process alone: a retry waits until the run before is really gone."""
-    storage.write_bytes(str(folder / ".lock"), b"") if not (folder / ".lock").exists() else None
-    with (folder / ".lock").open() as lock:
+    lock_file = folder / ".lock"
+    if not lock_file.exists():
+        storage.write_bytes(str(lock_file), b"")
+    with lock_file.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         folder.mkdir(parents=True, exist_ok=True)  # the one before may have committed and removed it
         yield folder
@@ -200,9 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="CheckpointRef, written")
     options = parser.parse_args(arguments)
     try:
-        section = from_json(options.section.read_text(), TrainSection)
+        section = from_json(storage.read_bytes(str(options.section)).decode(), TrainSection)
         run(section, plan=options.plan, base=options.base, output=options.output)
-    except (Molmo2Error, OSError) as error:
+    except Molmo2Error as error:
         return exit_with_message(error)
     return 0
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from molmo2core import storage
+from molmo2core.errors import CheckpointError
 from molmo2core.recipe.load import from_json
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import CheckpointRef, PackPlanRef, ShardsRef, read_reference
@@ -54,7 +55,12 @@ def train_rank(section: TrainSection, plan: PackPlanRef, base: CheckpointRef | N
         model = initial_model(section.model, section.initial_weights, seed=section.seed, workspace=section.workspace)
     else:
         model = load_weights(storage.fetch_committed(base.uri, cache))
-    tokenizer = load_tokenizer(_tokenizer_folder(section, cache))
+        if model.config != section.model:
+            raise CheckpointError(
+                base.uri, found="weights of another model than the recipe's", expected=str(section.model)
+            )
+    tokenizer_uri = storage.resolve(section.workspace, section.tokenizer)
+    tokenizer = load_tokenizer(storage.fetch_folder(tokenizer_uri, cache / "tokenizer"))
     loader = build_dataloader(
         read_plan(storage.fetch_committed(plan.uri, cache)),
         ExampleReader([parent for parent in plan.parents if isinstance(parent, ShardsRef)], "train", cache),
@@ -88,11 +94,3 @@ def train_rank(section: TrainSection, plan: PackPlanRef, base: CheckpointRef | N
         trained.load_state_dict(weights, assign=True)
         (folder / WEIGHTS).mkdir(exist_ok=True)
         save_weights(folder / WEIGHTS, trained, section.model)
-
-
-def _tokenizer_folder(section: TrainSection, cache: Path) -> str:
-    uri = storage.resolve(section.workspace, section.tokenizer)
-    if not storage.is_remote(uri):
-        return uri
-    storage.download(storage.join(uri, "tokenizer.json"), cache / "tokenizer" / "tokenizer.json")
-    return str(cache / "tokenizer")

@@ -38,14 +38,15 @@ def test_two_ranks_train_as_one_process(trained: Any, way: str) -> None:
     """Would catch losses averaged per rank instead of per weight, gradients times the ranks, tokens counted twice,
     targets lost at the border of two ranks, and a pack without images that stops the other rank.
 
-    Tolerances: float32 sums in another order; measured 2e-7 on weights and 4e-6 on norms up to 60.
+    Tolerances: float32 sums in another order; measured 3e-8 on weights that move by 3e-4, and
+    1e-6 relative on norms.
     """
     (weights, metrics), results = trained
     found, lines = results[0][way]
     assert results[1][way][0] is None
     moved = max((weights[name] - value).abs().max().item() for name, value in tiny_model().state_dict().items())
     assert moved > 1e-4  # far above the tolerance: an untrained model would not pass
-    assert_equal(found, weights, 2e-6)
+    assert_equal(found, weights, 3e-7)
     for line, expected in zip(lines, metrics, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert line["z"] == pytest.approx(expected["z"], rel=1e-4)

@@ -51,7 +51,7 @@ def loss_and_gradients(model: Molmo2, microbatches: list[Microbatch]) -> tuple[f
 def test_merged_packs_give_the_loss_and_gradients_of_single_packs(model: Molmo2) -> None:
     """Would catch documents of two packs that see each other, and pooling that points into another pack's crops.
 
-    Tolerance: float32 sums in another order; measured 2e-6 on gradients up to 30.
+    Tolerance: float32 sums in another order; measured 4e-6 on gradients up to 8.
     """
     maker = MicrobatchMaker(im_patch_id=model.im_patch_id, dropout=NO_DROPOUT)
     batch = as_batch(packs_of(model))

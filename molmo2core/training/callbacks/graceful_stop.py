@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from composer import Callback
@@ -24,6 +24,7 @@ class GracefulStop(Callback):  # type: ignore[misc]
         self.asked = False
         """On this rank."""
         self.stopped = False
+        self._before: dict[signal.Signals, Any] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Handlers are set here, because Composer sets its own when it is constructed."""
@@ -31,8 +32,12 @@ class GracefulStop(Callback):  # type: ignore[misc]
         def remember(number: int, frame: FrameType | None) -> None:
             self.asked = True
 
-        signal.signal(signal.SIGTERM, remember)
-        signal.signal(signal.SIGINT, remember)
+        self._before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Agree with the other ranks; the checkpoint saver runs after this event and saves at the end of training."""

@@ -1,0 +1,263 @@
+"""The train stage on real shards and plans: bases, reuse, kills, tracking."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from molmo2core import storage
+from molmo2core.annotations import Conversation, QuestionAnswer, Turn
+from molmo2core.checkpoints.config import InitialWeights
+from molmo2core.errors import DataError, RecipeError
+from molmo2core.examples import Example, Media
+from molmo2core.model.config import named_config
+from molmo2core.packing.config import PackingConfig
+from molmo2core.preprocessing.config import PreprocessingConfig
+from molmo2core.recipe.load import to_json
+from molmo2core.recipe.sections import PlanSection, TrainSection
+from molmo2core.references import CheckpointRef, PackPlanRef, ShardsRef, read_reference, write_reference
+from molmo2core.shards.config import ShardsConfig
+from molmo2core.shards.mixture import MixtureGroup
+from molmo2core.shards.writer import write_shards
+from molmo2core.stages import plan, train
+from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
+from molmo2core.testing.training import training_config
+from molmo2core.tracking.config import TrackingConfig
+
+STEPS = 12
+PACKING = PackingConfig(sequence_tokens=384, crop_budget=6, window=16)
+PREPROCESSING = PreprocessingConfig(max_crops=2)
+
+
+def picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def examples() -> list[Example]:
+    question = QuestionAnswer(task="image_qa", question="What colour?", answer="red")
+    talk = Conversation(task="text", turns=(Turn(role="user", text="a red"), Turn(role="assistant", text="circle")))
+    seen = [
+        Example(
+            uid=f"seen-{seed}",
+            dataset="mixed",
+            split="train",
+            media=Media(kind="image", files=(picture(seed),), sizes=((80, 60),)),
+            annotations=(question, replace(question, answer="blue")),
+        )
+        for seed in range(4)
+    ]
+    said = [
+        Example(uid=f"said-{n}", dataset="mixed", split="train", media=Media(kind="none"), annotations=(talk,))
+        for n in range(4)
+    ]
+    return seen + said
+
+
+def new_workspace(workspace: Path) -> None:
+    """Tokenizer, shards and a plan for STEPS steps of two packs."""
+    (workspace / "tokenizer").mkdir(parents=True)
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend.save(str(workspace / "tokenizer" / "tokenizer.json"))
+    config = ShardsConfig(shard_bytes=1 << 20)
+
+    def fill(folder: Path) -> dict[str, Any]:
+        write_shards(examples(), folder, config=config, tokenizer=tokenizer, progress=lambda _: None)
+        return {}
+
+    folder = storage.commit_folder(str(workspace / "shards" / "mixed"), fill)
+    shards = ShardsRef(
+        uri=folder.uri, digest=folder.digest, dataset="mixed", tokenizer_digest="t", num_samples={"train": 8}
+    )
+    write_reference(shards, workspace / "shards.json")
+    section = PlanSection(
+        workspace=str(workspace),
+        stage="pretrain",
+        seed=1,
+        mixture={"all": MixtureGroup(rate=1.0, datasets=("mixed",))},
+        packing=PACKING,
+        preprocessing=PREPROCESSING,
+        geometry=named_config("tiny").geometry,
+        num_packs=2 * STEPS,
+    )
+    plan.run(section, shards=[workspace / "shards.json"], output=workspace / "plan.json")
+
+
+def section_in(workspace: Path, **training: Any) -> TrainSection:
+    return TrainSection(
+        workspace=str(workspace),
+        stage="pretrain",
+        run_name="test",
+        seed=1,
+        recipe_fingerprint="f",
+        model=named_config("tiny"),
+        tokenizer="tokenizer",
+        initial_weights=InitialWeights(),
+        packing=PACKING,
+        preprocessing=PREPROCESSING,
+        training=training_config(
+            **{"steps": STEPS, "global_batch_packs": 2, "save_interval_steps": 3, "log_interval_steps": 4} | training
+        ),
+        tracking=TrackingConfig(),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CheckpointRef]:
+    """A workspace with an undisturbed training on top of an untrained checkpoint."""
+    workspace = tmp_path_factory.mktemp("workspace")
+    new_workspace(workspace)
+    untrained = section_in(workspace, steps=0)
+    report = train.run(untrained, plan=workspace / "plan.json", base=None, output=workspace / "base.json")
+    assert (report.metrics["steps"], "last_loss" in report.metrics) == (0.0, False)
+    train.run(
+        section_in(workspace),
+        plan=workspace / "plan.json",
+        base=workspace / "base.json",
+        output=workspace / "checkpoint.json",
+    )
+    return workspace, read_reference(workspace / "checkpoint.json", CheckpointRef)
+
+
+def test_what_training_leaves(trained: tuple[Path, CheckpointRef]) -> None:
+    """Would catch a resume folder left behind, times in the content that names the next stage, and lost lineage."""
+    workspace, checkpoint = trained
+    assert [type(parent) for parent in checkpoint.parents] == [PackPlanRef, CheckpointRef]
+    folder = storage.open_committed(checkpoint.uri)
+    assert sorted(folder.files) == ["metrics.jsonl", "model.safetensors", "model_config.json"]
+    lines = [json.loads(line) for line in (Path(checkpoint.uri) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert not any("seconds" in line or "time_ms" in line for line in lines)
+    assert checkpoint.facts["packs"] == 2 * STEPS
+    assert checkpoint.facts["examples_per_pack"] > 1
+    assert checkpoint.facts["tokens"] == sum(line["tokens"] for line in lines) > 0
+    assert checkpoint.digest != read_reference(workspace / "base.json", CheckpointRef).digest
+    assert list((workspace / "checkpoints").rglob("*.resume")) == []
+
+
+def test_the_same_training_is_reused(trained: tuple[Path, CheckpointRef]) -> None:
+    """Also when only how often something is saved differs; another seed or another base is another training."""
+    workspace, checkpoint = trained
+    section = section_in(workspace, save_interval_steps=5, log_interval_steps=1)
+    output = workspace / "again.json"
+    report = train.run(section, plan=workspace / "plan.json", base=workspace / "base.json", output=output)
+    assert report.reused and read_reference(output, CheckpointRef).uri == checkpoint.uri
+    plan_ref = read_reference(workspace / "plan.json", PackPlanRef)
+    keys = {
+        train.checkpoint_key(section, plan_ref, checkpoint),
+        train.checkpoint_key(section, plan_ref, None),
+        train.checkpoint_key(replace(section, seed=2), plan_ref, None),
+        train.checkpoint_key(replace(section, initial_weights=InitialWeights(decoder="x")), plan_ref, None),
+        train.checkpoint_key(section_in(workspace, global_batch_packs=1), plan_ref, None),
+    }
+    assert len(keys) == 5
+
+
+def test_the_curve_is_in_mlflow(trained: tuple[Path, CheckpointRef]) -> None:
+    from molmo2core.tracking.mlflow_run import connect, tracking_uri
+
+    workspace, checkpoint = trained
+    client = connect(tracking_uri(TrackingConfig(), str(workspace)))
+    experiment = client.get_experiment_by_name("molmo2")
+    assert experiment is not None
+    key = Path(checkpoint.uri).name
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`molmo2core.key` = 'train-pretrain-{key}'")
+    assert run.info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [4, 8, 12]
+    assert "gradient_norm/decoder" in run.data.metrics
+    assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["mixed"]
+
+
+def test_a_killed_training_goes_on_to_identical_weights(trained: tuple[Path, CheckpointRef], tmp_path: Path) -> None:
+    """kill -9 of the launcher alone after a checkpoint and past it, with a tracking store that does not work; then
+    the same command again.
+
+    Would catch an orphan rank, a checkpoint folder that exists before it is whole, batches repeated or left out on
+    resume, and tracking that stops training.
+    """
+    first_workspace, expected = trained
+    new_workspace(tmp_path)
+    (tmp_path / "base.json").write_text((first_workspace / "base.json").read_text())
+    blocker = tmp_path / "a-file"
+    blocker.touch()
+    section = replace(section_in(tmp_path), tracking=TrackingConfig(uri=f"sqlite:///{blocker}/mlflow.db"))
+    (tmp_path / "section.json").write_text(to_json(section))
+    command = [sys.executable, "-m", "molmo2core.stages.train", "--section", str(tmp_path / "section.json")]
+    command += ["--plan", str(tmp_path / "plan.json"), "--base", str(tmp_path / "base.json")]
+    command += ["--output", str(tmp_path / "checkpoint.json")]
+    stages = tmp_path / "checkpoints" / "pretrain"
+    with (tmp_path / "log").open("w") as log:
+        killed = subprocess.Popen(command, stdout=log, stderr=log)
+        # 4 or more lines: past the checkpoint of step 3
+        deadline = time.monotonic() + 120
+        while sum(len(path.read_text().splitlines()) for path in stages.glob("*.resume/metrics.jsonl")) < 4:
+            assert killed.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        ranks = children_of(killed.pid)
+        killed.kill()
+        killed.wait()
+    assert ranks
+    gone = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < gone:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert not (tmp_path / "checkpoint.json").exists()
+    assert [path.name for path in stages.iterdir() if not path.name.endswith(".resume")] == []
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "warning: training is not tracked" in again.stdout
+    assert f"step {STEPS}/{STEPS}" in again.stdout
+    found = read_reference(tmp_path / "checkpoint.json", CheckpointRef)
+    assert found.digest == expected.digest
+
+
+def children_of(pid: int) -> list[int]:
+    with contextlib.suppress(FileNotFoundError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"steps": 1000}, DataError, r"24 packs; expected 2000"),
+        ({"num_processes": 3}, RecipeError, r"2 packs over 3 data-parallel groups"),
+        ({"num_processes": 4, "context_parallel": 4}, RecipeError, r"4 ranks for 6 query heads"),
+        ({"num_processes": 2, "context_parallel": 4}, RecipeError, r"4 ranks per sequence with 2 ranks"),
+        ({"num_nodes": 2}, RecipeError, r"several nodes"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_rank_starts(
+    trained: tuple[Path, CheckpointRef], change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    workspace, _ = trained
+    with pytest.raises(error, match=message):
+        train.run(
+            section_in(workspace, **change), plan=workspace / "plan.json", base=None, output=workspace / "no.json"
+        )
+    assert not (workspace / "no.json").exists()
+
+
+def test_a_ranks_error_is_the_stages_error(trained: tuple[Path, CheckpointRef]) -> None:
+    """An error raised in a rank arrives as itself, and its first line is no stack trace."""
+    workspace, _ = trained
+    section = replace(section_in(workspace), tokenizer="nowhere")
+    (workspace / "bad.json").write_text(to_json(section))
+    command = [sys.executable, "-m", "molmo2core.stages.train", "--section", str(workspace / "bad.json")]
+    command += ["--plan", str(workspace / "plan.json"), "--output", str(workspace / "no.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("DataError: ") and "nowhere" in done.stderr

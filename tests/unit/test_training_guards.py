@@ -1,0 +1,233 @@
+"""Each guard against an upstream fault, beside the fault that it is for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from composer import Time, Trainer
+from composer.loggers import LoggerDestination
+
+from molmo2core.errors import PlatformError, RecipeError
+from molmo2core.model.attention import AttentionMask
+from molmo2core.model.loss import weighted_loss
+from molmo2core.model.molmo2 import Molmo2
+from molmo2core.testing.tiny_model import tiny_model
+from molmo2core.testing.training import pack_loader, training_config
+from molmo2core.testing.training_ranks import metrics_of, signal_after, train_tiny
+from molmo2core.training import trainer
+from molmo2core.training.composer_guards import RestoreRandomState, delete_other_checkpoints, newest_checkpoint
+from molmo2core.training.config import DropoutConfig, TrainingConfig
+from molmo2core.training.microbatch import MicrobatchMaker
+from molmo2core.training.optimizer import learning_rate
+
+DROPOUT = DropoutConfig(residual=0.2, response_residual=0.2)
+
+
+def assert_identical(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not found[name].equal(expected[name])] == []
+
+
+def plain_torch_loop(model: Molmo2, config: TrainingConfig) -> list[float]:
+    """The same training, written down: one pack at a time, sum(w * loss) / sum(w), clipping and rates per group."""
+    maker = MicrobatchMaker(im_patch_id=model.im_patch_id, dropout=config.dropout)
+    names = {"vision_encoder": [], "connector": [], "decoder": []}
+    for name, parameter in model.named_parameters():
+        new = name == "decoder.embedding.new" or name.startswith("connector")
+        names["connector" if new else name.split(".")[0]].append(parameter)
+    optimizers = {
+        name: torch.optim.AdamW(group, lr=0.0, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
+        for name, group in names.items()
+    }
+    losses = []
+    batches = iter(pack_loader(model.config, config))
+    for step in range(1, config.steps + 1):
+        batch = next(batches)
+        cross_entropy = torch.zeros(())
+        total = torch.zeros(())
+        for pack in batch["packs"]:
+            made = maker.make([pack])
+            mask = AttentionMask(made["subsegment_ids"], made["is_visual"])
+            hidden = model(
+                input_ids=made["input_ids"],
+                position_ids=made["position_ids"],
+                mask=mask,
+                crops=made["crops"],
+                pooling=made["pooling"],
+            )
+            parts = weighted_loss(
+                hidden[0], model.decoder.head_weight, made["target_ids"], made["loss_weights"], config.z_loss
+            )
+            cross_entropy = cross_entropy + parts.cross_entropy
+            total = total + parts.cross_entropy + parts.z
+        model.zero_grad()
+        (total / batch["loss_weight"]).backward()
+        losses.append(float(cross_entropy / batch["loss_weight"]))
+        for name, optimizer in optimizers.items():
+            torch.nn.utils.clip_grad_norm_(names[name], config.optimizer.clip_norm)
+            schedule = getattr(config.optimizer, name)
+            rate = learning_rate(schedule, step=step, steps=config.steps, final_fraction=0.1)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+    return losses
+
+
+def test_training_is_the_plain_loop(tmp_path: Path) -> None:
+    """Would catch a loss that is a mean of means, a step at the wrong learning rate, clipping over all groups at once,
+    and batches that are skipped or seen twice.
+
+    Tolerance: float32 with sums in another order; measured 2e-7 relative on losses, and 6e-6 on weights that move by
+    up to 3e-3, since Adam divides small gradients by their own size.
+    """
+    config = training_config()
+    model = tiny_model().train()
+    expected = plain_torch_loop(model, config)
+    weights, lines = train_tiny(tmp_path, config)
+    assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-6)
+    assert expected[-1] != pytest.approx(expected[0], rel=1e-2)
+    difference = max((weights[name] - value).abs().max().item() for name, value in model.state_dict().items())
+    assert difference < 3e-5
+
+
+def test_resuming_restores_dropout(tmp_path: Path) -> None:
+    """Composer restores the random state only at batch 0: without the guard the resumed run draws other masks."""
+    config = training_config(dropout=DROPOUT)
+    whole, _ = train_tiny(tmp_path / "whole", config)
+    for name in ("guarded", "unguarded"):
+        with signal_after(2), pytest.raises(PlatformError, match="asked to stop after step 2 of 4"):
+            train_tiny(tmp_path / name, config)
+    resumed, lines = train_tiny(tmp_path / "guarded", config)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert_identical(resumed, whole)
+    with mock.patch.object(RestoreRandomState, "batch_start", lambda *_: None):
+        unguarded, _ = train_tiny(tmp_path / "unguarded", config)
+    assert not unguarded["decoder.embedding.base"].equal(whole["decoder.embedding.base"])
+
+
+def test_a_run_killed_after_its_last_step_only_hands_its_weights_over(tmp_path: Path) -> None:
+    """Composer refuses to fit a run that has no step left."""
+    first, lines = train_tiny(tmp_path, training_config())
+    again, same = train_tiny(tmp_path, training_config())
+    assert_identical(again, first)
+    assert same == lines
+
+
+def test_zero_steps_hand_over_the_weights_as_they_are(tmp_path: Path) -> None:
+    model = tiny_model()
+    device, _, _ = trainer.start_ranks(training_config(steps=0))
+    config = training_config(steps=0)
+    weights = trainer.train(
+        model,
+        pack_loader(model.config, config),
+        config,
+        device=device,
+        folder=tmp_path,
+        metrics=tmp_path / "metrics.jsonl",
+        name="test",
+        seed=0,
+        sequence_tokens=64,
+    )
+    assert_identical(weights, tiny_model().state_dict())
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    """Would catch a killed save that makes every later run fail, as Composer's own autoresume would."""
+    config = training_config(save_interval_steps=2)
+    train_tiny(tmp_path, config)
+    whole = tmp_path / "ba2-rank0.pt"
+    assert newest_checkpoint(tmp_path) == tmp_path / "ba4-rank0.pt"
+    content = (tmp_path / "ba4-rank0.pt").read_bytes()
+    (tmp_path / "ba4-rank0.pt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "ep0-ba6").mkdir()  # shards without .metadata
+    (tmp_path / "ep0-ba6" / "__0_0.distcp").write_bytes(b"part")
+    assert newest_checkpoint(tmp_path) == whole
+    delete_other_checkpoints(tmp_path, whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ba2-rank0.pt", "metrics.jsonl"]
+
+
+def test_composers_autoresume_loses_a_run_between_two_links(tmp_path: Path) -> None:
+    """The fault behind `newest_checkpoint`: Composer deletes its link before it makes the next one."""
+    train_tiny(tmp_path, training_config(save_interval_steps=2))
+    assert newest_checkpoint(tmp_path) is not None
+
+    class Seen(logging.Handler):
+        def __init__(self) -> None:
+            super().__init__()
+            self.messages: list[str] = []
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.messages.append(record.getMessage())
+
+    seen = Seen()
+    log = logging.getLogger("composer.trainer.trainer")
+    log.addHandler(seen)
+    log.setLevel(logging.INFO)
+
+    def with_autoresume(**arguments: Any) -> Trainer:
+        named = {"autoresume": True, "load_path": None, "save_latest_filename": "latest-rank{rank}.pt"}
+        return Trainer(**arguments | named)
+
+    try:
+        with mock.patch.object(trainer, "Trainer", with_autoresume), mock.patch.dict("os.environ", NODE_RANK="0"):
+            train_tiny(tmp_path, training_config(save_interval_steps=2))
+    finally:
+        log.removeHandler(seen)
+        log.setLevel(logging.NOTSET)
+    assert "No previous autoresume checkpoint found" in seen.messages
+
+
+def test_composers_scheduler_would_repeat_the_first_rate(tmp_path: Path) -> None:
+    """The fault behind `GroupLearningRates`, and the rates that training really uses."""
+    from composer.optim import LinearWithWarmupScheduler
+
+    config = training_config(steps=6)
+    rates: list[float] = []
+
+    class Rates(LoggerDestination):  # type: ignore[misc]
+        def after_train_batch(self, state: Any, logger: Any) -> None:
+            rates.append(state.optimizers[0].param_groups[0]["lr"])
+
+    def with_scheduler(**arguments: Any) -> Trainer:
+        arguments["callbacks"] = [*arguments["callbacks"][1:], Rates()]
+        for group in arguments["optimizers"].param_groups:
+            group["lr"] = 1e-3
+        schedule = LinearWithWarmupScheduler(t_warmup=Time.from_batch(2))
+        return Trainer(**arguments, schedulers=schedule, step_schedulers_every_batch=True)
+
+    with mock.patch.object(trainer, "Trainer", with_scheduler):
+        train_tiny(tmp_path / "composer", config)
+    assert rates[0] == rates[1] == 0.0
+    train_tiny(tmp_path / "ours", config)
+    found = [line["learning_rate"]["decoder"] for line in metrics_of(tmp_path / "ours")]
+    schedule = config.optimizer.decoder
+    assert found == [learning_rate(schedule, step=step, steps=6, final_fraction=0.1) for step in range(1, 7)]
+    assert found[0] == 5e-4 and found[1] == 1e-3
+
+
+def test_an_infinite_loss_stops_before_a_checkpoint(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.decoder.norm.weight.fill_(float("inf"))
+    with pytest.raises(RecipeError, match="training step 1"):
+        train_tiny(tmp_path, training_config(save_interval_steps=1), model=model)
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_half_precision_on_a_cpu_is_refused() -> None:
+    with pytest.raises(RecipeError, match="amp_bf16"):
+        trainer.start_ranks(training_config(precision="amp_bf16"))
+
+
+def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
+    """A killed run wrote lines past its last checkpoint, the last of them in part."""
+    train_tiny(tmp_path, training_config(save_interval_steps=2))
+    path = tmp_path / "metrics.jsonl"
+    (tmp_path / "ba4-rank0.pt").unlink()
+    path.write_text(path.read_text() + '{"step": 5, "lo')
+    _, lines = train_tiny(tmp_path, training_config(save_interval_steps=2))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
