@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import av
 
 from molmo2core import storage
 from molmo2core.annotations import Conversation, MediaKind, Turn
 from molmo2core.errors import CheckpointError, DataError
 from molmo2core.evaluation.inference import InferenceModel, load_inference_model
 from molmo2core.examples import Example, Media
+from molmo2core.manifest.measure import measure_file
 from molmo2core.preprocessing.config import PreprocessingConfig
-from molmo2core.preprocessing.image import decode_image
 from molmo2core.preprocessing.points import parse_tags
-from molmo2core.preprocessing.video import decode_frames
 from molmo2core.tracking.pyfunc_model import Answerer, Request, Response
 
 _BATCH_SIZE = 8
@@ -71,25 +67,19 @@ def _example(request: Request, where: str) -> Example:
 
 def _media(request: Request, where: str) -> Media:
     images = (*request.images, *(storage.read_bytes(uri) for uri in request.image_uris))
-    if request.video_uri:
-        if images:
-            raise DataError(where, found="images and a video", expected="one or the other")
-        video = storage.read_bytes(request.video_uri)
-        height, width, _ = next(decode_frames(video, [0.0], request.video_uri)).shape
-        return Media(kind="video", files=(video,), sizes=((width, height),), duration_seconds=_duration_seconds(video))
+    if request.video_uri and images:
+        raise DataError(where, found="images and a video", expected="one or the other")
     kinds: dict[int, MediaKind] = {0: "none", 1: "image"}
-    shapes = [decode_image(data, where).shape for data in images]
-    sizes = tuple((width, height) for height, width, _ in shapes)
-    return Media(kind=kinds.get(len(images), "images"), files=images, sizes=sizes)
-
-
-def _duration_seconds(video: bytes) -> float:
-    """From the start of the first frame to the end of the last, by their packets; the video is known to decode."""
-    with av.open(io.BytesIO(video), mode="r") as container:
-        stream = container.streams.video[0]
-        spans = [(packet.pts, packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
-        ticks = max(start + length for start, length in spans) - min(start for start, _ in spans)
-        return float(ticks * (stream.time_base or 0))
+    kind = "video" if request.video_uri else kinds.get(len(images), "images")
+    files = (storage.read_bytes(request.video_uri),) if request.video_uri else images
+    sizes, duration = [], 0.0
+    for content in files:
+        facts = measure_file(content, kind)
+        if facts.size is None:
+            raise DataError(where, found=f"{facts.fault}: {facts.details}", expected="a complete image or video")
+        sizes.append(facts.size)
+        duration = facts.duration_seconds
+    return Media(kind=kind, files=files, sizes=tuple(sizes), duration_seconds=duration)
 
 
 def _points(text: str) -> list[dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 import time
@@ -54,7 +55,8 @@ def run(
     key = storage.content_key(
         FORMAT, dataclasses.asdict(section.evaluation), export.digest, steps, [ref.digest for ref in refs]
     )
-    destination = storage.join(section.workspace, "evaluations", key)
+    workspace = section.workspace if storage.is_remote(section.workspace) else os.path.abspath(section.workspace)
+    destination = storage.join(workspace, "evaluations", key)
     reused = storage.is_committed(destination)
     folder = storage.commit_folder(destination, lambda path: _evaluate(path, section.evaluation, export, refs, steps))
     uri = folder.uri

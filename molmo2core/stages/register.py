@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -96,9 +97,15 @@ def _register(section: RegisterSection, evaluated: EvaluationRef, registry: Regi
     export = next((ref for ref in evaluated.ancestors() if isinstance(ref, ExportRef)), None)
     if export is None:
         raise DataError(evaluated.uri, found="an evaluation without an export behind it", mend="evaluate again")
+    export_uri = export.uri if storage.is_remote(export.uri) else os.path.abspath(export.uri)
+    checkpoint = {
+        "uri": export_uri,
+        "digest": export.digest,
+        "preprocessing": _evaluated_preprocessing(evaluated),
+    }
     tags = {
         "recipe_fingerprint": section.recipe_fingerprint,
-        "checkpoint.uri": export.uri,
+        "checkpoint.uri": export_uri,
         "checkpoint.sha256": export.digest,
         "evaluation.uri": evaluated.uri,
         "evaluation.sha256": evaluated.digest,
@@ -111,11 +118,7 @@ def _register(section: RegisterSection, evaluated: EvaluationRef, registry: Regi
             run,
             key=key,
             code=SERVED_CODE,
-            checkpoint={
-                "uri": export.uri,
-                "digest": export.digest,
-                "preprocessing": _evaluated_preprocessing(evaluated),
-            },
+            checkpoint=checkpoint,
             metrics=evaluated.metrics,
             step=export.step,
             tags=tags,
