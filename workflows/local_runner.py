@@ -1,7 +1,8 @@
 """KFP's local runner with our output: stages' own lines as they come, KFP's in a log file, failures by their message.
 
-KFP offers no hook for a task's output and loses its exit code, so `run_local_subprocess` of its subprocess handler is
-replaced while a pipeline runs (kfp 2.17; tests/workflows/test_local_runner.py notices when that function changes).
+Two functions of kfp 2.17 are replaced while a pipeline runs (tests/workflows/test_local_runner.py shows why, and
+notices when they change): KFP offers no hook for a task's output and loses its exit code; and it puts the loop's item
+in the place of every other step's output parameter that enters a loop.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from typing import Any, TextIO
 import psutil
 from kfp import local
 from kfp.local import subprocess_task_handler
+from kfp.local.orchestrator import task_spec_utils
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _MESSAGE = re.compile(r"(RecipeError|DataError|CheckpointError|PlatformError|internal error): ")
@@ -89,7 +91,7 @@ def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], *, 
     start = time.monotonic()
     with (root / "run.log").open("w") as log, _peak_memory() as peak, _environment():
         terminal = _Terminal(sys.stdout, log)
-        with _our_subprocesses(terminal), contextlib.redirect_stdout(log), warnings.catch_warnings():
+        with _our_functions(terminal), contextlib.redirect_stdout(log), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # images without "python" in their name, resources that mean nothing here
             local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=True)
             try:
@@ -107,17 +109,30 @@ def _first_known(failures: list[TaskFailed]) -> TaskFailed:
 
 
 @contextlib.contextmanager
-def _our_subprocesses(terminal: _Terminal) -> Iterator[None]:
-    original = subprocess_task_handler.run_local_subprocess
+def _our_functions(terminal: _Terminal) -> Iterator[None]:
+    subprocesses, loops = (
+        subprocess_task_handler.run_local_subprocess,
+        task_spec_utils.create_parameter_loop_iteration_task_spec,
+    )
 
     def run_local_subprocess(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
         return _run_task(full_command, env_vars or {}, terminal)
 
+    def create_parameter_loop_iteration_task_spec(original_task_spec: Any, loop_item: Any, loop_task_name: str) -> Any:
+        spec = loops(original_task_spec, loop_item, loop_task_name)
+        items = original_task_spec.parameter_iterator.items.input_parameter
+        for name, given in original_task_spec.inputs.parameters.items():
+            if name != items and given.HasField("task_output_parameter"):
+                spec.inputs.parameters[name].CopyFrom(given)
+        return spec
+
     subprocess_task_handler.run_local_subprocess = run_local_subprocess
+    task_spec_utils.create_parameter_loop_iteration_task_spec = create_parameter_loop_iteration_task_spec
     try:
         yield
     finally:
-        subprocess_task_handler.run_local_subprocess = original
+        subprocess_task_handler.run_local_subprocess = subprocesses
+        task_spec_utils.create_parameter_loop_iteration_task_spec = loops
 
 
 def _run_task(command: list[str], variables: dict[str, str], terminal: _Terminal) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import List  # noqa: UP035
 
 import pytest
-from kfp import dsl
+from kfp import dsl, local
 from kfp.local import subprocess_task_handler
 
 from workflows.local_runner import TaskFailed, run_pipeline, task_label, without_executor_noise
@@ -90,6 +90,37 @@ def test_the_replaced_function_is_the_one_kfp_calls() -> None:
         "env_vars",
     ]
     assert "run_local_subprocess(" in inspect.getsource(subprocess_task_handler.SubprocessTaskHandler.run)
+
+
+@dsl.component(base_image="any", install_kfp_package=False)
+def name_section() -> str:
+    return "the section"
+
+
+@dsl.component(base_image="any", install_kfp_package=False)
+def show(section: str, dataset: str, seen: dsl.Output[dsl.Artifact]):
+    with open(seen.path, "w") as file:
+        file.write(f"{dataset}: {section}")
+
+
+@dsl.pipeline(name="loop")
+def loop_pipeline():
+    section = name_section()
+    with dsl.ParallelFor(list_datasets().output) as dataset:
+        show(section=section.output, dataset=dataset)
+
+
+def seen(folder: Path) -> list[str]:
+    return sorted(path.read_text() for path in folder.rglob("seen"))
+
+
+def test_other_outputs_keep_their_value_inside_a_loop(tmp_path: Path) -> None:
+    """kfp 2.17 alone hands every step's output that enters a loop over as the loop's item."""
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "alone"))
+    loop_pipeline()
+    assert seen(tmp_path / "alone") == ["bad: bad", "good: good"], "kfp is mended: take our function out"
+    run_pipeline(loop_pipeline, {}, root=tmp_path / "ours")
+    assert seen(tmp_path / "ours") == ["bad: the section", "good: the section"]
 
 
 def test_steps_run_in_this_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
