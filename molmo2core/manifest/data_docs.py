@@ -1,4 +1,4 @@
-"""Make Great Expectations' Data Docs readable without a network, equal for equal input, and put our summary on top.
+"""Make Great Expectations' Data Docs readable without a network, equal for equal input, with a front page of ours.
 
 As generated they load 18 files from content networks and a logo that carries an identifier; without them status
 icons are invisible (mlflow_gx_mds_s3.md 2.3).
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+Table = tuple[str, Sequence[str], Iterable[Sequence[object]]]
 _ICONS = {"fa-check": "✔", "fa-times": "✖", "fa-exclamation": "⚠", "fa-question": "?", "fa-comment": "💬"}
 _REMOTE = (
     r"<script\b.*?</script>",
@@ -40,22 +41,25 @@ def make_readable_offline(folder: Path) -> None:
     shutil.rmtree(folder / "static", ignore_errors=True)
 
 
-def add_summary(
-    page: Path, *, title: str, tables: Sequence[tuple[str, Sequence[str], Iterable[Sequence[object]]]]
-) -> None:
-    """Put tables at the top of a page.
+def write_front_page(folder: Path, *, title: str, tables: Sequence[Table]) -> None:
+    """Replace `index.html`, whose contents the generated page builds with scripts from the network.
 
     Args:
-        page: an HTML file.
+        folder: Data Docs.
         title: heading above all tables.
         tables: (heading, column names, rows) each.
     """
     parts = [f"<h1>{html.escape(title)}</h1>"]
     for heading, columns, rows in tables:
         head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
-        parts.append(f"<h2>{html.escape(heading)}</h2><table><tr>{head}</tr>{body}</table>")
-    page.write_text(re.sub(r"(<body[^>]*>)", lambda tag: tag[1] + "\n".join(parts), page.read_text(), count=1))
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>\n" for row in rows)
+        parts.append(f"<h2>{html.escape(heading)}</h2><table><tr>{head}</tr>\n{body}</table>")
+    pages = sorted(page.relative_to(folder) for page in folder.rglob("*.html") if page.name != "index.html")
+    links = "".join(f'<li><a href="{page}">{html.escape(page.parts[0])}</a></li>' for page in pages)
+    parts.append(f"<h2>Pages of Great Expectations</h2><ul>{links}</ul>")
+    head = f'<meta charset="UTF-8"><title>Data Docs</title>{_STYLE}'
+    content = "\n".join(["<!DOCTYPE html>", f"<html><head>{head}</head><body>", *parts, "</body></html>\n"])
+    (folder / "index.html").write_text(content)
 
 
 def _offline(text: str) -> str:

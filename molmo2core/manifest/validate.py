@@ -20,7 +20,7 @@ from molmo2core.annotations import MediaKind
 from molmo2core.errors import DataError
 from molmo2core.examples import SPLITS, ManifestRow
 from molmo2core.manifest.config import DataConfig
-from molmo2core.manifest.data_docs import add_summary
+from molmo2core.manifest.data_docs import Table, write_front_page
 from molmo2core.manifest.expectations import INDEX, run_suite
 from molmo2core.manifest.measure import FileFacts, measure_file
 from molmo2core.manifest.rules import RULES, CheckedRow, Limits, find_problems, point_range, time_range
@@ -175,7 +175,7 @@ def validate_rows(
             clean[row.dataset].append(_measured_row(row.parsed, facts, digests))
     validation = Validation(clean=clean, quarantined=quarantined)
     assert validation.summary()["rows"] == len(delivered)
-    _add_front_page(docs, validation)
+    _write_front_page(docs, validation)
     return validation
 
 
@@ -347,7 +347,7 @@ def _measured_row(row: ParsedRow, facts: Mapping[str, FileFacts], digests: Mappi
     return dataclasses.replace(row, measured=measured)
 
 
-def _add_front_page(docs: Path, validation: Validation) -> None:
+def _write_front_page(docs: Path, validation: Validation) -> None:
     summary = validation.summary()
     names = ["dataset", *SPLITS, "quarantined"]
     datasets = [[name, *counts.values()] for name, counts in summary["datasets"].items()]
@@ -356,12 +356,12 @@ def _add_front_page(docs: Path, validation: Validation) -> None:
         [row.dataset, row.line, row.id, "; ".join(row.reasons)] for row in validation.quarantined[: 10 * _SHOWN_REASONS]
     ]
     title = f"{summary['clean']} of {summary['rows']} rows are good, {summary['quarantined']} are quarantined"
-    tables = [
+    tables: list[Table] = [
         ("Rows by dataset", names, datasets),
         ("Broken rules", ["rule", "rows", "what the rule demands"], rules),
         ("Quarantined rows (the first of them)", ["dataset", "line", "id", "reasons"], examples),
     ]
-    add_summary(docs / "index.html", title=title, tables=tables if examples else tables[:1])
+    write_front_page(docs, title=title, tables=tables if examples else tables[:1])
 
 
 def _read(address: str) -> tuple[bytes | None, str]:

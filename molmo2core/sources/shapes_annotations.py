@@ -48,6 +48,8 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "copy": ("Repeat: {words}", "Say again: {words}"),
 }
 USUAL_WORDING_SHARE = 0.95
+_ALL_AT_ONCE_SHARE = 0.5
+"""Of videos with several shapes: how many ask for all of them at once."""
 AnyShape = TypeVar("AnyShape", Shape, MovingShape)
 Item = TypeVar("Item")
 _MIXTURES = {("red", "blue"): "purple", ("blue", "yellow"): "green", ("red", "yellow"): "orange"}
@@ -193,7 +195,7 @@ def subtitles_and_questions(
 def video_points(scene: MovingScene, rng: np.random.Generator) -> list[Annotation]:
     """Two or three labels; each thing is pointed at when it is first seen at a multiple of half a second."""
     annotations: list[Annotation] = []
-    for label, shapes in _labels(scene.shapes, rng, int(rng.integers(2, 4))):
+    for label, shapes in _labels(scene.shapes, rng, int(rng.integers(2, 4)), everything=_ALL_AT_ONCE_SHARE):
         points = []
         for shape in shapes:
             index = scene.shapes.index(shape)
@@ -208,7 +210,7 @@ def video_points(scene: MovingScene, rng: np.random.Generator) -> list[Annotatio
 def video_tracks(scene: MovingScene, rng: np.random.Generator) -> list[Annotation]:
     """Two labels followed through time; numbers go by first appearance, then from left to right."""
     annotations: list[Annotation] = []
-    for label, shapes in _labels(scene.shapes, rng, 2):
+    for label, shapes in _labels(scene.shapes, rng, 2, everything=_ALL_AT_ONCE_SHARE):
         sampling_fps = 2.0 if len(shapes) * len(scene.grid_times) <= _ANSWERED_POSITIONS else 1.0
         followed = [(positions, shape) for shape in shapes if (positions := _positions(scene, shape, sampling_fps))]
         followed.sort(key=lambda track: next((p.time, p.x, p.y) for p in track[0] if p.visible))
@@ -279,11 +281,16 @@ def _multiple_choice(asked: QuestionAnswer, answers: Sequence[str], rng: np.rand
     )
 
 
-def _labels(shapes: Sequence[AnyShape], rng: np.random.Generator, number: int) -> list[tuple[str, list[AnyShape]]]:
-    """Different labels with the shapes they fit; the first fits something, later ones may be absent."""
+def _labels(
+    shapes: Sequence[AnyShape], rng: np.random.Generator, number: int, *, everything: float = 0.0
+) -> list[tuple[str, list[AnyShape]]]:
+    """Different labels with the shapes they fit; the first fits something, later ones may be absent.
+
+    Where there are several shapes, the first label is the one that fits all, with probability `everything`.
+    """
     names = sorted({shape.name for shape in shapes})
     wide = [*sorted({shape.form for shape in shapes} | {f"{shape.colour} shape" for shape in shapes}), "shape"]
-    labels: list[str] = []
+    labels = ["shape"] if everything and len(shapes) > 1 and rng.random() < everything else []
     while len(labels) < number:
         draw = rng.random()
         if draw < 0.25 and labels:
