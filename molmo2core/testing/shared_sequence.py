@@ -57,7 +57,7 @@ def loss_and_gradients(model: Molmo2, maker: MicrobatchMaker, pack: Pack) -> tup
     )
     parts = weighted_loss(hidden[0], model.decoder.head_weight, batch["target_ids"], batch["loss_weights"], 1e-4)
     loss = parts.cross_entropy + parts.z
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     zero = torch.zeros(())
     return loss.detach(), {
         name: zero.expand_as(p).clone() if p.grad is None else p.grad for name, p in model.named_parameters()

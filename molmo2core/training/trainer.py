@@ -9,9 +9,11 @@ Everything needed to go on after a kill is in the run's folder.
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ CHECKPOINTS_KEPT = 2
 MERGED_TOKENS = 8192
 """On a CPU, packs are merged into passes of at most this many tokens."""
 _TIMEOUT_SECONDS = 1800.0
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def start_ranks(config: TrainingConfig) -> tuple[Device, int, int]:
@@ -99,7 +102,8 @@ def train(
         On rank 0 all trained parameters on CPU, by Molmo2's names; None on other ranks.
 
     Raises:
-        PlatformError: training was asked to stop; a checkpoint of the last step done is in `folder`.
+        PlatformError: training was asked to stop; a checkpoint of the last step done is in `folder`.  Or the disk is
+            full.
         RecipeError: loss or gradients are not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +124,8 @@ def train(
     )
     try:
         if trainer.state.timestamp.batch < config.steps:  # killed after the last step: only the weights are wanted
-            trainer.fit()
+            with _disk_errors(folder):
+                trainer.fit()
         step = int(trainer.state.timestamp.batch.value)
         if stop.stopped and step < config.steps:
             raise PlatformError(
@@ -234,6 +239,20 @@ def _packs_per_microbatch(config: TrainingConfig, device: Device, sequence_token
         return 1
     packs = config.global_batch_packs // config.data_parallel
     return max(1, min(packs, MERGED_TOKENS // sequence_tokens))
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's writer reports a short write as a RuntimeError of its own, after the OSError that tells why.
+        causes = [error, error.__context__]
+        if not any(isinstance(cause, OSError) and cause.errno in _CANNOT_WRITE for cause in causes):
+            raise
+        raise PlatformError(
+            str(folder), found=f"cannot write a checkpoint: {causes[-1] or error}", mend="free space and run it again"
+        ) from error
 
 
 def _without_prefix(weights: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -230,4 +231,19 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> Non
     (tmp_path / "ba4-rank0.pt").unlink()
     path.write_text(path.read_text() + '{"step": 5, "lo')
     _, lines = train_tiny(tmp_path, training_config(save_interval_steps=2))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """torch says `unexpected pos`; the half-written file is not resumed from once there is space."""
+    config = training_config(save_interval_steps=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(PlatformError, match=r"cannot write a checkpoint.*free space"):
+            train_tiny(tmp_path, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "ba1-rank0.pt").exists() and newest_checkpoint(tmp_path) is None
+    _, lines = train_tiny(tmp_path, config)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
