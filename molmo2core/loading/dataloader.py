@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -28,18 +29,23 @@ class PackLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch wants its private iterator class
         batches = super().__iter__()
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader"):  # "DataLoader worker ... killed", "DataLoader timed out"
-                    raise
-                raise PlatformError("data loader", found=str(error), mend="check memory and /dev/shm") from error
-            if isinstance(batch, Molmo2Error):
-                raise batch
-            yield batch
+        # Workers ignore SIGTERM, by which torch and multiprocessing end them at exit: they must be told before.
+        stop_workers = getattr(batches, "_shutdown_workers", None)
+        if stop_workers:
+            atexit.register(stop_workers)
+        try:
+            for batch in batches:
+                if isinstance(batch, Molmo2Error):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):  # "DataLoader worker ... killed", "DataLoader timed out"
+                raise
+            raise PlatformError("data loader", found=str(error), mend="check memory and /dev/shm") from error
+        finally:
+            if stop_workers:
+                atexit.unregister(stop_workers)
+                stop_workers()
 
 
 def build_dataloader(

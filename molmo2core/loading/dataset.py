@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from molmo2core.shards.reader import ExampleReader
 
 MAX_BROKEN_FRACTION = 0.01
-"""More examples than this, of those that one worker read, that cannot be decoded end the training."""
+"""More media that cannot be decoded than this share of what one worker has read end the training."""
 MIN_BROKEN = 10
-"""So many broken examples are always borne."""
+"""So many broken media are always borne."""
 SUBSTITUTE_SEARCH = 64
 """Entries of the following packs among which a substitute is looked for."""
 
@@ -82,7 +82,8 @@ class PackDataset(IterableDataset[PackedExample | Molmo2Error]):
         self._first_slot = data_parallel_rank * self.packs_per_rank
         self._strict = strict
         self._position = 0
-        self._num_read = self._num_broken = 0
+        self._num_read = 0
+        self._broken: set[tuple[str, str]] = set()
 
     def __iter__(self) -> Iterator[PackedExample | Molmo2Error]:
         """Packs from the position on; an error is the last element (torch would lose its type and fields)."""
@@ -194,13 +195,13 @@ class PackDataset(IterableDataset[PackedExample | Molmo2Error]):
                 branches=None if branches == (0, len(example.annotations)) else branches,
             )
         except DataError as error:
-            self._num_broken += 1
+            self._broken.add((example.dataset, example.uid))
             _say(f"broken: {example.dataset}/{example.uid}: {error}")
-            if self._num_broken > max(MIN_BROKEN, MAX_BROKEN_FRACTION * self._num_read):
+            if len(self._broken) > max(MIN_BROKEN, MAX_BROKEN_FRACTION * self._num_read):
                 raise DataError(
                     f"{example.dataset}/{example.uid}",
-                    found=f"{self._num_broken} of {self._num_read} examples cannot be decoded; here: {error}",
-                    expected=f"at most {MAX_BROKEN_FRACTION:.0%}",
+                    found=f"{len(self._broken)} media cannot be decoded, of {self._num_read} reads; here: {error}",
+                    expected=f"at most {MAX_BROKEN_FRACTION:.0%}, or {MIN_BROKEN}",
                     mend="validate the manifests again",
                 ) from error
             return None
