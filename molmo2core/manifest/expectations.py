@@ -59,9 +59,13 @@ def run_suite(rows: Sequence[Mapping[str, Any]], *, run_name: str, docs: Path) -
         INDEX of each flagged row -> names of the rules that it breaks.
 
     Raises:
-        RuntimeError: an expectation could not be evaluated, which is a fault of this program and not of the data.
+        RuntimeError: there is no row, about which every expectation would be fulfilled, or an expectation could not
+            be evaluated: faults of this program and not of the data.
     """
     import pandas as pd
+
+    if not rows:
+        raise RuntimeError("no rows to validate")
 
     columns = [INDEX, *FACT_COLUMNS, *RULES, *(quantity.column for quantity in QUANTITIES)]
     frame = pd.DataFrame(list(rows), columns=columns)
@@ -87,7 +91,7 @@ def build_suite(name: str, num_rows: int) -> gx.ExpectationSuite:
     from great_expectations import expectations as gxe
 
     expectations: list[gxe.Expectation] = [
-        gxe.ExpectTableRowCountToBeBetween(min_value=max(num_rows, 1), max_value=num_rows, meta={"rule": ""}),
+        gxe.ExpectTableRowCountToBeBetween(min_value=num_rows, max_value=num_rows, meta={"rule": ""}),
         gxe.ExpectColumnValuesToBeUnique(column=INDEX, meta={"rule": ""}),
     ]
     expectations += [

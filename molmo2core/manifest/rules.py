@@ -40,7 +40,7 @@ RULES: dict[str, str] = {
     "missing_file": "every media file exists",
     "empty_file": "no media file has zero bytes",
     "broken_file": "every media file can be decoded to its end",
-    "oversized_file": "no image or frame has more than 100 million pixels",
+    "oversized_file": "no image or frame has more than 89 million pixels",
     "split_leak": "no medium is in two splits; a row of the split nearer to training gives way",
     "empty_text": "ids, texts, questions, answers, options and labels are not blank",
     "special_token": "no text contains a special token of the tokenizer",

@@ -255,7 +255,9 @@ def _all_problems(
         if row.parsed:
             files = tuple(facts[name] for name in row.parsed.media.files)
             found += find_problems(CheckedRow(row=row.parsed, files=files, limits=limits))
-    for index, problem in _duplicates(delivered, problems) + _leaks(delivered, problems, digests):
+    for index, problem in _duplicates(delivered, problems):
+        problems[index].append(problem)
+    for index, problem in _leaks(delivered, problems, digests):
         problems[index].append(problem)
     return problems
 

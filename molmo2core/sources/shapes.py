@@ -14,8 +14,10 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from molmo2core import storage
 from molmo2core.annotations import Annotation, MediaKind, Pointing, Tracking
 from molmo2core.errors import DataError, Molmo2Error, exit_with_message
 from molmo2core.examples import Split, Subtitle
@@ -36,7 +39,6 @@ from molmo2core.sources.shapes_scene import (
     random_scene,
 )
 from molmo2core.sources.shapes_tokenizer import save_tokenizer, train_tokenizer
-from molmo2core.storage import commit_folder, is_committed
 
 FORMAT = 1
 """Changes whenever the same configuration would render another corpus."""
@@ -84,11 +86,18 @@ def make_corpus(folder: Path | str, config: ShapesConfig) -> bool:
         PlatformError: the folder cannot be written.
         DataError: something else, or the corpus of another configuration, already stands there.
     """
-    there = is_committed(str(folder))
-    meta = commit_folder(str(folder), lambda attempt: _fill(attempt, config)).meta
+    uri = str(folder)
+    there = storage.is_committed(uri)
+    if not there and storage.is_remote(uri):
+        with tempfile.TemporaryDirectory() as rendered:
+            make_corpus(Path(rendered) / "corpus", config)
+            _upload(Path(rendered) / "corpus", uri)
+    elif not there:
+        storage.commit_folder(uri, lambda attempt: _fill(attempt, config))
+    meta = storage.open_committed(uri).meta
     if meta != _meta(config):
         raise DataError(
-            str(folder),
+            uri,
             found=f"the corpus of {meta}",
             expected=str(_meta(config)),
             mend="choose another workspace, or remove the folder if nothing needs it",
@@ -187,6 +196,23 @@ def tracking(rng: np.random.Generator, index: int) -> RenderedRow:
 def text(rng: np.random.Generator, index: int) -> RenderedRow:
     """A conversation without a medium."""
     return RenderedRow(kind="none", annotations=texts.conversation(rng))
+
+
+def _upload(corpus: Path, uri: str) -> None:
+    """Copy the files to the addresses that recipes name, `corpus/tokenizer` for one, then the marker.
+
+    commit_folder would put them under an address of its own, so that writers of different content cannot mix; two
+    writers of one corpus write the same bytes.
+    """
+    names = [name for name in storage.list_files(str(corpus)) if name != storage.MARKER]
+
+    def copy(name: str) -> None:
+        storage.write_bytes(storage.join(uri, name), (corpus / name).read_bytes())
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for _ in tqdm(pool.map(copy, names), desc="upload", total=len(names), unit="file", delay=2.0, file=sys.stderr):
+            pass
+    copy(storage.MARKER)
 
 
 def _fill(folder: Path, config: ShapesConfig) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def run(section: ValidateSection, *, output: Path) -> StageReport:
     report = _report(folder, seconds=time.monotonic() - started, reused=reused)
     write_reference(
         ManifestsRef(
-            uri=uri,
+            uri=folder.uri,
             digest=folder.digest,
             datasets=tuple(folder.meta["datasets"]),
             facts=folder.meta["summary"],
@@ -96,7 +96,7 @@ def run(section: ValidateSection, *, output: Path) -> StageReport:
         ),
         output,
     )
-    print(f"{report.stage}: {'reused' if reused else 'made'} {uri} in {report.seconds:.1f} s", flush=True)
+    print(f"{report.stage}: {'reused' if reused else 'made'} {folder.uri} in {report.seconds:.1f} s", flush=True)
     return report
 
 
