@@ -139,7 +139,7 @@ _O_7B = ModelConfig(
     ),
 )
 _TINY = ModelConfig(
-    geometry=VisualGeometry(crop_size=54, patch_size=6, overlap_margins=(1, 1)),
+    geometry=VisualGeometry(crop_size=54, patch_size=9, overlap_margins=(1, 1)),
     vision_encoder=VisionEncoderConfig(
         width=64, num_heads=4, head_dim=16, mlp_width=128, num_declared_layers=4, feature_layers=(2, 1)
     ),

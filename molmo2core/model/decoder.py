@@ -88,8 +88,8 @@ class DecoderAttention(nn.Module):
     def _heads(self, projected: Tensor, norm: RMSNorm) -> Tensor:
         heads = (-1, self.config.head_dim)
         if self.config.qk_norm == "per_head":
-            return norm(projected.unflatten(-1, heads))  # type: ignore[no-any-return]
-        return norm(projected).unflatten(-1, heads)  # type: ignore[no-any-return]
+            return norm(projected.unflatten(-1, heads))
+        return norm(projected).unflatten(-1, heads)
 
 
 class DecoderMLP(nn.Module):
