@@ -92,9 +92,21 @@ def run(section: ShardSection, *, manifests: Path, dataset: str, output: Path) -
 def _examples(manifest: str) -> Iterator[Example]:
     for row in read_manifest(manifest):
         try:
-            yield example_from_row(row, storage.read_bytes)
+            example = example_from_row(row, storage.read_bytes)
         except DataError as error:
             raise DataError(f"{manifest}:{row.line}", found=str(error), mend="validate the data again") from error
+        recorded = row.content["measured"].get("sha256", [])
+        for name, content, expected in zip(
+            row.content["media"].get("files", []), example.media.files, recorded, strict=False
+        ):
+            if hashlib.sha256(content).hexdigest() != expected:
+                raise DataError(
+                    f"{manifest}:{row.line}",
+                    found=f"{name} has changed since it was validated",
+                    expected=f"sha256 {expected}",
+                    mend="validate the data again",
+                )
+        yield example
 
 
 def _content_digest(manifest: str, workspace: str) -> str:

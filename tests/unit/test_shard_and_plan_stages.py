@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -52,7 +53,11 @@ def manifest_rows(examples: Sequence[Example], workspace: str) -> bytes:
             "annotations": json.loads(annotations_to_json(example.annotations)),
             "license": "CC0-1.0",
             "source": "test",
-            "measured": {"sizes": example.media.sizes, "duration_seconds": 0.0},
+            "measured": {
+                "sizes": example.media.sizes,
+                "duration_seconds": 0.0,
+                "sha256": [hashlib.sha256(content).hexdigest() for content in example.media.files],
+            },
         }
         lines.append(json.dumps(row))
     return "\n".join(lines).encode()
@@ -216,6 +221,14 @@ def test_a_lost_medium_names_its_row_and_leaves_no_shards(workspace: Workspace) 
     with pytest.raises(DataError, match=rf"images\.jsonl:6: .*{lost}-0\.jpg: no such file"):
         shard.run(workspace.section, manifests=workspace.manifests, dataset="images", output=workspace.manifests)
     assert storage.list_files(storage.join(workspace.uri, "shards")) == []
+
+
+def test_a_medium_that_changed_after_validation_is_refused(workspace: Workspace) -> None:
+    """Catches shards named by checksums that their media do not have, to be reused for ever."""
+    changed = Path(workspace.uri, "corpus", "media", f"{EXAMPLES['images'][5].uid}-0.jpg")
+    changed.write_bytes(EXAMPLES["images"][6].media.files[0])
+    with pytest.raises(DataError, match=rf"images\.jsonl:6: .*{changed.name} has changed since it was validated"):
+        shard.run(workspace.section, manifests=workspace.manifests, dataset="images", output=workspace.manifests)
 
 
 def test_wrong_inputs_are_named(workspace: Workspace, tmp_path: Path) -> None:
