@@ -24,6 +24,8 @@ _DISPLAY_SIDE = 288  # pixels of the longer side
 _MAX_FRAMES = 6
 _CROSS_ARM = 7  # pixels
 _LINE = 3  # pixels
+_NAME_SIZE = 14  # pixels
+_EDGE_COLOUR = (255, 255, 255)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +81,29 @@ def draw_marks(pixels: ByteArray, marks: Iterable[Mark]) -> bytes:
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(picture)
     for mark in marks:
-        x, y = mark.x * width, mark.y * height
-        if mark.radius is None:
-            pen.line((x - _CROSS_ARM, y - _CROSS_ARM, x + _CROSS_ARM, y + _CROSS_ARM), PREDICTED_COLOUR, _LINE)
-            pen.line((x - _CROSS_ARM, y + _CROSS_ARM, x + _CROSS_ARM, y - _CROSS_ARM), PREDICTED_COLOUR, _LINE)
-            pen.text((x + _CROSS_ARM + 2, y), mark.name, PREDICTED_COLOUR)
-        else:
-            ring = mark.radius * min(width, height)
-            pen.ellipse((x - ring, y - ring, x + ring, y + ring), outline=TRUE_COLOUR, width=_LINE)
-            pen.text((x - ring - 8, y - ring), mark.name, TRUE_COLOUR)
+        _draw_mark(pen, mark, width, height)
     written = io.BytesIO()
     picture.save(written, "JPEG", quality=88)
     return written.getvalue()
+
+
+def _draw_mark(pen: ImageDraw.ImageDraw, mark: Mark, width: int, height: int) -> None:
+    """With a white edge: shapes may have the mark's own colour."""
+    x, y = mark.x * width, mark.y * height
+    if mark.radius is None:
+        for colour, arm, line in ((_EDGE_COLOUR, _CROSS_ARM + 2, _LINE + 4), (PREDICTED_COLOUR, _CROSS_ARM, _LINE)):
+            pen.line((x - arm, y - arm, x + arm, y + arm), colour, line)
+            pen.line((x - arm, y + arm, x + arm, y - arm), colour, line)
+        _draw_name(pen, (x + _CROSS_ARM + 2, y), mark.name, PREDICTED_COLOUR)
+        return
+    ring = mark.radius * min(width, height)
+    pen.ellipse((x - ring - 1, y - ring - 1, x + ring + 1, y + ring + 1), outline=_EDGE_COLOUR, width=_LINE + 2)
+    pen.ellipse((x - ring, y - ring, x + ring, y + ring), outline=TRUE_COLOUR, width=_LINE)
+    _draw_name(pen, (x - ring - 8, y - ring), mark.name, TRUE_COLOUR)
+
+
+def _draw_name(pen: ImageDraw.ImageDraw, place: tuple[float, float], name: str, colour: tuple[int, int, int]) -> None:
+    pen.text(place, name, colour, font_size=_NAME_SIZE, stroke_width=1, stroke_fill=_EDGE_COLOUR)
 
 
 def _image_marks(annotation: Annotation, answer: str) -> list[tuple[int, Mark]]:

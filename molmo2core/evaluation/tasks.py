@@ -11,7 +11,7 @@
 
 Metrics are means over examples, named `<task>/<measure>` and, for categories of questions,
 `<task>.<category>/accuracy`.  `<task>/parse_failures` is the share of answers that did not follow their grammar; they
-are scored as if they predicted nothing.
+are wrong, also where there was nothing to point at.
 """
 
 from __future__ import annotations
@@ -72,10 +72,7 @@ def score_answer(annotation: Annotation, answer: str, sizes: Sequence[tuple[int,
         case Pointing():
             return _pointing_score(annotation, answer, sizes)
         case Tracking():
-            tracks = predicted_tracks(answer)
-            scores = dataclasses.asdict(score_tracks(tracks, annotation.tracks, sizes[0]))
-            failed = not tracks and not says_none(answer)
-            return Score(task=annotation.task, category="", measures=scores, parse_failed=failed)
+            return _tracking_score(annotation, answer, sizes[0])
 
 
 def average_scores(scores: Iterable[Score]) -> dict[str, float]:
@@ -134,12 +131,22 @@ def _question_score(annotation: QuestionAnswer, answer: str) -> Score:
 
 
 def _pointing_score(annotation: Pointing, answer: str, sizes: Sequence[tuple[int, int]]) -> Score:
-    points = predicted_points(answer, annotation)
-    measures = dataclasses.asdict(score_points(points, annotation.points, sizes))
-    failed = not points and not says_none(answer)
+    points, stated = predicted_points(answer, annotation), stated_count(answer)
+    failed = not points and stated != 0
+    measures = _unless(failed, dataclasses.asdict(score_points(points, annotation.points, sizes)))
     if annotation.task == "image_counting":
-        stated = stated_count(answer)
         measures["accuracy"] = float(stated == len(annotation.points))
-        measures["points_accuracy"] = float(len(points) == len(annotation.points))
+        measures["points_accuracy"] = float(len(points) == len(annotation.points) and not failed)
         failed = stated is None
     return Score(task=annotation.task, category="", measures=measures, parse_failed=failed)
+
+
+def _tracking_score(annotation: Tracking, answer: str, size: tuple[int, int]) -> Score:
+    tracks = predicted_tracks(answer)
+    failed = not tracks and not says_none(answer)
+    measures = _unless(failed, dataclasses.asdict(score_tracks(tracks, annotation.tracks, size)))
+    return Score(task=annotation.task, category="", measures=measures, parse_failed=failed)
+
+
+def _unless(failed: bool, measures: dict[str, float]) -> dict[str, float]:
+    return dict.fromkeys(measures, 0.0) if failed else measures

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molmo2core.tracking.mlflow_run import quiet
+import pandas as pd  # here, because MLflow resolves the type hints of predict
 
 if TYPE_CHECKING:
-    import pandas as pd
     from mlflow.models import ModelSignature
 
 REFERENCE_ARTIFACT = "checkpoint_ref"
@@ -52,20 +51,16 @@ def serve(load: Callable[[dict[str, Any]], Answerer]) -> None:
     """Make the calling file an MLflow model whose answers come from `load(checkpoint reference)`."""
     import mlflow
 
-    with quiet():  # the columns are in `signature`, so predict needs no type hints for MLflow
+    class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+        def load_context(self, context: Any) -> None:
+            self.answer = load(json.loads(Path(context.artifacts[REFERENCE_ARTIFACT]).read_text()))
 
-        class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-            def load_context(self, context: Any) -> None:
-                self.answer = load(json.loads(Path(context.artifacts[REFERENCE_ARTIFACT]).read_text()))
-
-            def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
-                import pandas as pd
-
-                requests = [_request(row) for row in model_input.to_dict(orient="records")]
-                responses = self.answer(requests, int((params or {}).get("max_new_tokens", DEFAULT_NEW_TOKENS)))
-                return pd.DataFrame(
-                    {"text": [r.text for r in responses], "points": [list(r.points) for r in responses]}
-                )
+        def predict(
+            self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+        ) -> pd.DataFrame:
+            requests = [_request(row) for row in model_input.to_dict(orient="records")]
+            responses = self.answer(requests, int((params or {}).get("max_new_tokens", DEFAULT_NEW_TOKENS)))
+            return pd.DataFrame({"text": [r.text for r in responses], "points": [list(r.points) for r in responses]})
 
     mlflow.models.set_model(ServedModel())
 

@@ -201,6 +201,8 @@ COLOUR = QuestionAnswer(task="image_qa", question="?", answer="red", category="t
 CHOICE = QuestionAnswer(task="image_qa", question="?", answer="red", options=("blue", "red"), category="form")
 COUNTING = Pointing(task="image_counting", label="x", points=(Point(x=0.5, y=0.5),))
 VIDEO = Pointing(task="video_pointing", label="x", points=(Point(x=0.5, y=0.5, time=2.0),))
+NOTHING = Pointing(task="image_pointing", label="x")
+NO_TRACKS = Tracking(task="tracking", label="x", sampling_fps=2)
 TALK = Conversation(
     task="text",
     turns=(
@@ -232,12 +234,18 @@ TALK = Conversation(
             False,
         ),
         (COUNTING, "There is 1 x.", {"accuracy": 1.0, "points_accuracy": 0.0, "f1": 0.0}, False),
+        (NOTHING, "There are none.", {"f1": 1.0}, False),
+        (NOTHING, "", {"f1": 0.0}, True),
+        (NOTHING, '<points coords="1 1 500">x</points>', {"f1": 0.0}, True),
+        (NO_TRACKS, "There are none.", {"f1": 1.0, "hota": 1.0}, False),
+        (NO_TRACKS, "", {"f1": 0.0, "hota": 0.0}, True),
         (COUNTING, "x", {"accuracy": 0.0, "points_accuracy": 0.0, "f1": 0.0}, True),
     ],
 )
 def test_answers_are_scored_by_the_form_of_their_annotation(
     annotation: Annotation, answer: str, measures: dict[str, float], failed: bool | None
 ) -> None:
+    """Would catch full marks for saying nothing understandable where there is nothing to point at."""
     score = score_answer(annotation, answer, SIZES)
     assert {name: score.measures[name] for name in measures} == measures
     assert score.parse_failed is failed
