@@ -7,6 +7,7 @@ in the place of every other step's output parameter that enters a loop.
 
 import contextlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -67,12 +68,14 @@ class _Terminal:
 
     def show(self, line: str) -> None:
         with self.lock:
-            print(line, file=self.screen, flush=True)
-            print(line, file=self.log, flush=True)
+            self.screen.write(line + "\n")  # not print: KFP patches it to indent
+            self.screen.flush()
+            self.log.write(line + "\n")
+            self.log.flush()
 
     def note(self, line: str) -> None:
         with self.lock:
-            print(line, file=self.log, flush=True)
+            self.log.write(line + "\n")
 
 
 def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], *, root: Path) -> LocalRun:
@@ -91,7 +94,7 @@ def run_pipeline(pipeline: Callable[..., Any], arguments: Mapping[str, Any], *, 
     start = time.monotonic()
     with (root / "run.log").open("w") as log, _peak_memory() as peak, _environment():
         terminal = _Terminal(sys.stdout, log)
-        with _our_functions(terminal), contextlib.redirect_stdout(log), warnings.catch_warnings():
+        with _our_functions(terminal), contextlib.redirect_stdout(log), _root_logger(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # images without "python" in their name, resources that mean nothing here
             local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), raise_on_error=True)
             try:
@@ -196,6 +199,18 @@ def _environment() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _root_logger() -> Iterator[None]:
+    """KFP swaps the root logger's handlers from two threads at once and can leave one that writes into our log."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 @contextlib.contextmanager

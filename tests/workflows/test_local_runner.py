@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import List  # noqa: UP035
@@ -108,6 +109,20 @@ def loop_pipeline():
     section = name_section()
     with dsl.ParallelFor(list_datasets().output) as dataset:
         show(section=section.output, dataset=dataset)
+
+
+def test_kfp_leaves_no_logger_behind(tmp_path: Path) -> None:
+    """Its loop threads can leave a handler on our closed log file; later lines then print '--- Logging error ---'."""
+    root = logging.getLogger()
+    before = (root.level, list(root.handlers))
+    stray = logging.NullHandler()
+
+    def pipeline(section: str) -> None:
+        good_pipeline(section=section)
+        root.addHandler(stray)
+
+    run_pipeline(pipeline, {"section": "x"}, root=tmp_path / "stray")
+    assert (root.level, list(root.handlers)) == before
 
 
 def seen(folder: Path) -> list[str]:
