@@ -67,8 +67,10 @@ def start_ranks(config: TrainingConfig) -> tuple[Device, int, int]:
         raise RecipeError(
             "training.precision", found=f"{config.precision!r} on a CPU", expected="'fp32'", mend="train on a GPU"
         )
-    cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.threads_per_process or max(1, (cores or 1) // dist.get_local_world_size()))
+    # A thread too many is far worse than one too few: every parallel region waits for the one that has no core
+    # (measured on two busy cores: 0.35 s per step of the tiny model with one thread, 3.7 s with two).
+    share = len(os.sched_getaffinity(0)) // dist.get_local_world_size() - config.loader_workers
+    torch.set_num_threads(config.threads_per_process or max(1, share))
     if dist.get_world_size() > 1:
         dist.initialize_dist(device, timeout=_TIMEOUT_SECONDS)
     rank = dist.get_global_rank()
