@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -13,6 +14,7 @@ from molmo2core.annotations import Conversation, QuestionAnswer, Turn
 from molmo2core.examples import Example, Media, Split
 from molmo2core.references import ShardsRef
 from molmo2core.shards.config import ShardsConfig
+from molmo2core.shards.reader import ExampleReader
 from molmo2core.shards.writer import write_shards
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 
@@ -75,3 +77,9 @@ def write_tiny_shards(examples: Sequence[Example], workspace: str, *, shard_byte
         tokenizer_digest="tiny",
         num_samples=folder.meta["num_samples"],
     )
+
+
+def read_uids_on_rank(refs: Sequence[ShardsRef], cache: Path) -> list[str]:
+    """All training uids, read twice through readers that all ranks of a process group build together."""
+    readers = [ExampleReader(refs, "train", cache) for _ in range(2)]
+    return [reader.example(index).uid for reader in readers for index in range(len(reader))]
