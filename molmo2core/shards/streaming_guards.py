@@ -32,7 +32,7 @@ from molmo2core.errors import DataError, PlatformError
 from molmo2core.shards import index
 
 
-class GuardedStream(Stream):
+class GuardedStream(Stream):  # type: ignore[misc]  # untyped
     """One split of one dataset: read in place, or through a cache folder.
 
     Args:
@@ -94,7 +94,7 @@ class GuardedStream(Stream):
         return str(path)
 
 
-class GuardedStreamingDataset(StreamingDataset):
+class GuardedStreamingDataset(StreamingDataset):  # type: ignore[misc]  # untyped
     """Random access by id over the concatenation of `streams`.  Collective: all ranks of a process group call it.
 
     Raises:
