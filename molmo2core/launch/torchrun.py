@@ -50,6 +50,7 @@ def run_torchrun(
                 child.PARENT_VARIABLE: str(os.getpid()),
                 child.ERROR_VARIABLE: error_file,
                 "PYTHONUNBUFFERED": "1",
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # torchrun warns; ranks set their own
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
