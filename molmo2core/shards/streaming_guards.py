@@ -8,7 +8,9 @@
    are refused.  Here streams are local to streaming (`remote=None`), and the download is ours.
 4. Two processes that start at once pick the same name for their shared memory; one dies, or worse, both share it.
    Here construction is done under a lock of the machine.
-5. Left alone with `WORLD_SIZE` set, the constructor starts and ends a process group of its own.  Here that is an error.
+5. Shared memory, also that of other datasets that the constructor only looks at, stays open until the process ends:
+   a few dozen datasets use up all file handles.  Here it goes with its dataset, and the looked-at at once.
+6. Left alone with `WORLD_SIZE` set, the constructor starts and ends a process group of its own.  Here that is an error.
 """
 
 from __future__ import annotations
@@ -17,14 +19,18 @@ import fcntl
 import os
 import tempfile
 import uuid
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.distributed import get_local_rank, get_world_size
 from streaming.base.hashing import get_hash
+from streaming.base.shared import memory as memory_module
+from streaming.base.shared.memory import SharedMemory
 from torch import distributed
 
 from molmo2core import storage
@@ -108,8 +114,17 @@ class GuardedStreamingDataset(StreamingDataset):  # type: ignore[misc]  # untype
                 found=f"WORLD_SIZE is {get_world_size()}, but there is no process group",
                 mend="call torch.distributed.init_process_group before building readers",
             )
-        with _one_construction_at_a_time():
-            super().__init__(streams=list(streams), shuffle=False, num_canonical_nodes=1, batch_size=1)
+        opened: list[SharedMemory] = []
+        try:
+            with _one_construction_at_a_time(), _shared_memory_collected_in(opened):
+                super().__init__(streams=list(streams), shuffle=False, num_canonical_nodes=1, batch_size=1)
+        except BaseException:
+            _release(opened, os.getpid())
+            raise
+        arrays = (self._shared_barrier._arr, self._next_epoch.arr, self._cache_usage.arr)
+        owned = [self._locals_shm, *(array.shm for array in (*arrays, self._shard_states, self._shard_access_times))]
+        _release([memory for memory in opened if not any(memory is mine for mine in owned)], os.getpid())
+        weakref.finalize(self, _release, owned, os.getpid())
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard unless it is here; after a failure others may try again instead of waiting for ever."""
@@ -131,3 +146,21 @@ def _one_construction_at_a_time() -> Iterator[None]:
         if distributed.is_available() and distributed.is_initialized():
             distributed.barrier()
         yield
+
+
+@contextmanager
+def _shared_memory_collected_in(opened: list[SharedMemory]) -> Iterator[None]:
+    """Note the shared memory that streaming would keep open until the process ends, instead of keeping it."""
+    original = memory_module.atexit
+    memory_module.atexit = SimpleNamespace(register=lambda cleanup: opened.append(cleanup.__self__))
+    try:
+        yield
+    finally:
+        memory_module.atexit = original
+
+
+def _release(memories: Sequence[SharedMemory], owner: int) -> None:
+    """Close shared memory, and delete it where it was made; a forked worker leaves it to its parent."""
+    if os.getpid() == owner:
+        for memory in memories:
+            memory.cleanup()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -230,6 +233,38 @@ def test_no_process_group_is_started_behind_the_callers_back(
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(PlatformError, match="WORLD_SIZE is 2, but there is no process group"):
         ExampleReader([ref], "train", tmp_path)
+
+
+def num_open_files() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_readers_give_their_shared_memory_back(ref: ShardsRef, tmp_path: Path) -> None:
+    """The fault: every dataset, and every look at another one's shared memory, costs file handles for ever."""
+    before = num_open_files()
+    with subprocess.Popen(
+        [sys.executable, "-c", PLAIN_DATASETS, ref.uri], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        costs = [int(line) for line in process.stdout]
+    assert costs[-1] > costs[0] > 0, "streaming no longer leaks: the guard can go"
+
+    readers = [ExampleReader([ref], "train", tmp_path) for _ in range(8)]
+    assert num_open_files() - before <= 8 * 12, "two for each of its own six, and none of the others'"
+    del readers
+    assert num_open_files() == before
+
+
+PLAIN_DATASETS = """
+import gc, os, sys
+from streaming import StreamingDataset
+for _ in range(4):
+    before = len(os.listdir("/proc/self/fd"))
+    StreamingDataset(local=sys.argv[1], split="train", batch_size=1)
+    gc.collect()
+    print(len(os.listdir("/proc/self/fd")) - before)
+"""
 
 
 def test_many_readers_in_one_process(ref: ShardsRef, tmp_path: Path) -> None:
