@@ -5,6 +5,8 @@ Source: model.md 3.5 (order and ids), 0.12 (the eight visual kinds).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +64,22 @@ class SpecialTokens:
         )  # fmt: skip
 
 
-def find_special_tokens(tokenizer: Tokenizer, where: str = "tokenizer") -> SpecialTokens:
+@dataclass(frozen=True, kw_only=True)
+class TextTokens:
+    """Names of the tokens that begin, end and pad text: Qwen's, where BOS is the EOS (model.md 0.14)."""
+
+    bos: str = CHAT_END
+    eos: str = CHAT_END
+    pad: str = TEXT_PAD
+
+
+def find_special_tokens(
+    tokenizer: Tokenizer, where: str = "tokenizer", text: TextTokens | None = None
+) -> SpecialTokens:
     """Look the special tokens up by name.
 
-    BOS is the EOS `<|im_end|>`, because Qwen has no BOS (model.md 0.14).
+    Args:
+        text: begin, end and padding; Qwen's without it.
 
     Raises:
         DataError: a token is missing, or the extra tokens do not have consecutive ids in their order.
@@ -77,13 +91,14 @@ def find_special_tokens(tokenizer: Tokenizer, where: str = "tokenizer") -> Speci
             raise DataError(where, found=f"no token {name}", mend="add it with special_tokens.add_extra_tokens")
         return found
 
+    text = text or TextTokens()
     ids = [token_id(name) for name in EXTRA_TOKENS]
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise DataError(where, found=f"extra token ids {ids}", expected="consecutive ids, in order of EXTRA_TOKENS")
     return SpecialTokens(
-        bos=token_id(CHAT_END),
-        eos=token_id(CHAT_END),
-        pad=token_id(TEXT_PAD),
+        bos=token_id(text.bos),
+        eos=token_id(text.eos),
+        pad=token_id(text.pad),
         im_start=token_id(IM_START),
         im_end=token_id(IM_END),
         im_patch=token_id(IM_PATCH),
@@ -146,13 +161,50 @@ class TextTokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> TextTokenizer:
-    """Load `tokenizer.json` of a local folder.
+    """Load `tokenizer.json` of a local folder, with the BOS, EOS and padding that `tokenizer_config.json` names.
 
     Raises:
         DataError: the file is missing or lacks a special token.
     """
-    path = Path(folder) / "tokenizer.json"
+    path = _tokenizer_file(Path(folder))
+    backend = Tokenizer.from_file(str(path))
+    return TextTokenizer(backend, find_special_tokens(backend, str(path), read_text_tokens(Path(folder))))
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """sha256 of all that ids follow from: `tokenizer.json`, and names of text tokens that are not Qwen's.
+
+    Raises:
+        DataError: the file is missing.
+    """
+    digest = hashlib.sha256(_tokenizer_file(folder).read_bytes())
+    text = read_text_tokens(folder)
+    if text != TextTokens():
+        digest.update(json.dumps([text.bos, text.eos, text.pad]).encode())
+    return digest.hexdigest()
+
+
+def read_text_tokens(folder: Path) -> TextTokens:
+    """The text tokens of `tokenizer_config.json`; Qwen's where it, or its entry, is missing.  No BOS means the EOS.
+
+    Molmo2-O-7B begins with another token than it ends with (model.md 3.5).
+
+    Raises:
+        DataError: the file is no JSON object.
+    """
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text()) if path.is_file() else {}
+        named = {kind: config.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
+    except (ValueError, AttributeError) as error:
+        raise DataError(str(path), found=f"not a tokenizer's configuration ({error})") from error
+    names = {kind: value["content"] if isinstance(value, dict) else value for kind, value in named.items() if value}
+    eos = names.get("eos", CHAT_END)
+    return TextTokens(bos=names.get("bos", eos), eos=eos, pad=names.get("pad", TEXT_PAD))
+
+
+def _tokenizer_file(folder: Path) -> Path:
+    path = folder / "tokenizer.json"
     if not path.is_file():
         raise DataError(str(path), found="no such file", expected="a Hugging Face fast tokenizer")
-    backend = Tokenizer.from_file(str(path))
-    return TextTokenizer(backend, find_special_tokens(backend, str(path)))
+    return path

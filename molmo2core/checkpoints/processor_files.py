@@ -14,7 +14,7 @@ from typing import Any
 from molmo2core.checkpoints.chat_template import CHAT_TEMPLATE
 from molmo2core.checkpoints.hf_config import HUB_REPOSITORY
 from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
-from molmo2core.special_tokens import CHAT_END, EXTRA_TOKENS, TEXT_PAD, load_tokenizer
+from molmo2core.special_tokens import EXTRA_TOKENS, TextTokens, load_tokenizer, read_text_tokens
 
 _BILINEAR = 2  # PIL's number
 _HALF = [0.5, 0.5, 0.5]
@@ -35,11 +35,12 @@ def write_processor_files(
         DataError: the tokenizer is missing or lacks a special token.
     """
     load_tokenizer(tokenizer)
+    text = read_text_tokens(tokenizer)
     shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     for name, content in (
-        ("tokenizer_config.json", _tokenizer_config()),
-        ("special_tokens_map.json", _special_tokens_map()),
+        ("tokenizer_config.json", _tokenizer_config(text)),
+        ("special_tokens_map.json", _special_tokens_map(text)),
         ("processor_config.json", _processor_config()),
         ("preprocessor_config.json", _image_config(geometry, preprocessing)),
         ("video_preprocessor_config.json", _video_config(geometry, preprocessing)),
@@ -52,23 +53,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _special_tokens_map() -> dict[str, Any]:
+def _special_tokens_map(text: TextTokens) -> dict[str, Any]:
     return {
-        "bos_token": CHAT_END,
-        "eos_token": CHAT_END,
-        "pad_token": TEXT_PAD,
+        "bos_token": text.bos,
+        "eos_token": text.eos,
+        "pad_token": text.pad,
         "additional_special_tokens": list(EXTRA_TOKENS),
     }
 
 
-def _tokenizer_config() -> dict[str, Any]:
+def _tokenizer_config(text: TextTokens) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "processor_class": "Molmo2Processor",
-        **_special_tokens_map(),
+        **_special_tokens_map(text),
     }
 
 

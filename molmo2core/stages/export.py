@@ -15,6 +15,7 @@ from molmo2core.errors import exit_with_message
 from molmo2core.recipe.load import from_json
 from molmo2core.recipe.sections import ExportSection
 from molmo2core.references import CheckpointRef, ExportRef, ShardsRef, read_reference, write_reference
+from molmo2core.special_tokens import tokenizer_digest
 from molmo2core.stages.report import StageReport
 
 FORMAT = "export-1"
@@ -44,7 +45,7 @@ def run(section: ExportSection, *, checkpoint: Path, output: Path) -> StageRepor
             FORMAT,
             dataclasses.asdict(section.export),
             dataclasses.asdict(section.preprocessing),
-            storage.file_sha256(tokenizer / "tokenizer.json") if (tokenizer / "tokenizer.json").is_file() else "",
+            tokenizer_digest(tokenizer),
             lineage,
         )
         uri = storage.join(section.workspace, "exports", key)
@@ -57,13 +58,13 @@ def run(section: ExportSection, *, checkpoint: Path, output: Path) -> StageRepor
         reused=reused,
         metrics={"logit_difference": folder.meta["logit_difference"]},
         lines=(
-            f"exported model: {uri}",
+            f"exported model: {folder.uri}",
             f"transformers' Molmo2 differs by at most {folder.meta['logit_difference']:.2g} of the largest logit",
         ),
     )
     write_reference(
         ExportRef(
-            uri=uri,
+            uri=folder.uri,
             digest=folder.digest,
             facts=folder.meta,
             report=report.to_json(),
@@ -72,7 +73,7 @@ def run(section: ExportSection, *, checkpoint: Path, output: Path) -> StageRepor
         ),
         output,
     )
-    print(f"export_checkpoint: {'reused' if reused else 'made'} {uri} in {seconds:.1f} s")
+    print(f"export_checkpoint: {'reused' if reused else 'made'} {folder.uri} in {seconds:.1f} s")
     return report
 
 

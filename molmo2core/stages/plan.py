@@ -67,7 +67,7 @@ def run(section: PlanSection, *, shards: Sequence[Path], output: Path) -> StageR
     )
     write_reference(
         PackPlanRef(
-            uri=uri,
+            uri=folder.uri,
             digest=folder.digest,
             stage=section.stage,
             num_packs=section.num_packs,
@@ -78,7 +78,7 @@ def run(section: PlanSection, *, shards: Sequence[Path], output: Path) -> StageR
         output,
     )
     print("\n".join(lines))
-    print(f"{report.stage}: {'reused' if reused else 'made'} {uri} in {seconds:.1f} s", flush=True)
+    print(f"{report.stage}: {'reused' if reused else 'made'} {folder.uri} in {seconds:.1f} s", flush=True)
     return report
 
 

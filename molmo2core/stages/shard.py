@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from molmo2core import storage
+from molmo2core.checkpoints.fetch import TOKENIZER_FILES, fetched_folder
 from molmo2core.errors import DataError, Molmo2Error, exit_with_message
 from molmo2core.examples import Example, ManifestRow
 from molmo2core.manifest.schema import example_from_row, read_manifest
@@ -22,7 +22,7 @@ from molmo2core.recipe.load import from_json
 from molmo2core.recipe.sections import ShardSection
 from molmo2core.references import ManifestsRef, ShardsRef, read_reference, write_reference
 from molmo2core.shards.writer import write_shards
-from molmo2core.special_tokens import load_tokenizer
+from molmo2core.special_tokens import load_tokenizer, tokenizer_digest
 from molmo2core.stages.report import StageReport
 
 FORMAT = 1
@@ -41,25 +41,23 @@ def run(section: ShardSection, *, manifests: Path, dataset: str, output: Path) -
     if dataset not in parent.datasets:
         raise DataError(str(manifests), found=f"no dataset {dataset}", expected=f"one of {', '.join(parent.datasets)}")
     manifest = storage.join(storage.open_committed(parent.uri).uri, f"{dataset}.jsonl")
-    tokenizer_uri = storage.resolve(section.workspace, section.tokenizer)
-    tokenizer_digest = hashlib.sha256(storage.read_bytes(storage.join(tokenizer_uri, "tokenizer.json"))).hexdigest()
+    with fetched_folder(section.tokenizer, section.workspace, TOKENIZER_FILES) as fetched:
+        digest, tokenizer = tokenizer_digest(fetched), load_tokenizer(fetched)
     key = storage.content_key(
         "build_shards",
         FORMAT,
         _content_digest(manifest, section.workspace),
         dataclasses.asdict(section.shards),
-        tokenizer_digest,
+        digest,
     )
     uri = storage.join(section.workspace, "shards", dataset, key)
     reused = storage.is_committed(uri)
 
     def fill(folder: Path) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as fetched:
-            tokenizer = load_tokenizer(storage.fetch_folder(tokenizer_uri, Path(fetched)))
         counts = write_shards(_examples(manifest), folder, config=section.shards, tokenizer=tokenizer)
         if not counts:
             raise DataError(manifest, found="no rows", expected="at least one", mend="see the quarantine")
-        return {"dataset": dataset, "tokenizer_digest": tokenizer_digest, "num_samples": counts}
+        return {"dataset": dataset, "tokenizer_digest": digest, "num_samples": counts}
 
     folder = storage.commit_folder(uri, fill)
     counts: dict[str, int] = folder.meta["num_samples"]
@@ -74,10 +72,10 @@ def run(section: ShardSection, *, manifests: Path, dataset: str, output: Path) -
     )
     write_reference(
         ShardsRef(
-            uri=uri,
+            uri=folder.uri,
             digest=folder.digest,
             dataset=dataset,
-            tokenizer_digest=tokenizer_digest,
+            tokenizer_digest=digest,
             num_samples=counts,
             facts={"bytes": num_bytes},
             report=report.to_json(),
@@ -85,7 +83,7 @@ def run(section: ShardSection, *, manifests: Path, dataset: str, output: Path) -
         ),
         output,
     )
-    print(f"{report.stage}: {'reused' if reused else 'made'} {uri} in {seconds:.1f} s", flush=True)
+    print(f"{report.stage}: {'reused' if reused else 'made'} {folder.uri} in {seconds:.1f} s", flush=True)
     return report
 
 

@@ -71,7 +71,7 @@ def run(section: TrainSection, *, plan: Path, base: Path | None, output: Path) -
     numbers = {name: float(value) for name, value in found.meta["facts"].items()}
     report = StageReport(stage=f"train.{section.stage}", seconds=seconds, reused=reused, metrics=numbers)
     reference = CheckpointRef(
-        uri=uri,
+        uri=found.uri,
         digest=found.digest,
         facts=found.meta["facts"],
         report=report.to_json(),
@@ -81,7 +81,7 @@ def run(section: TrainSection, *, plan: Path, base: Path | None, output: Path) -
         recipe_fingerprint=section.recipe_fingerprint,
     )
     write_reference(reference, output)
-    print(f"{report.stage}: {'reused' if reused else 'made'} {uri} in {seconds:.1f} s", flush=True)
+    print(f"{report.stage}: {'reused' if reused else 'made'} {found.uri} in {seconds:.1f} s", flush=True)
     return report
 
 
@@ -185,8 +185,7 @@ def _resume_folder(uri: str) -> Path:
 def _exclusive(folder: Path) -> Iterator[Path]:
     """`folder`, made if missing, for this process alone: a retry waits until the run before is really gone."""
     lock_file = folder / ".lock"
-    if not lock_file.exists():
-        storage.write_bytes(str(lock_file), b"")
+    storage.create_bytes(str(lock_file), b"")  # replaces none: two that start at once lock the same file
     with lock_file.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         folder.mkdir(parents=True, exist_ok=True)  # the one before may have committed and removed it

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from molmo2core import storage
-from molmo2core.errors import CheckpointError
+from molmo2core.errors import CheckpointError, DataError
 from molmo2core.recipe.load import from_json
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import CheckpointRef, PackPlanRef, ShardsRef, read_reference
@@ -39,6 +39,7 @@ def train_rank(section: TrainSection, plan: PackPlanRef, base: CheckpointRef | N
     """Build model and loader, train, and let rank 0 write the weights."""
     import torch
 
+    from molmo2core.checkpoints.fetch import TOKENIZER_FILES, fetched_folder
     from molmo2core.checkpoints.import_hf import initial_model
     from molmo2core.checkpoints.reference import load_weights, save_weights
     from molmo2core.loading.dataloader import build_dataloader
@@ -46,7 +47,7 @@ def train_rank(section: TrainSection, plan: PackPlanRef, base: CheckpointRef | N
     from molmo2core.packing.plan_files import read_plan
     from molmo2core.preprocessing.preprocessor import Preprocessor
     from molmo2core.shards.reader import ExampleReader
-    from molmo2core.special_tokens import load_tokenizer
+    from molmo2core.special_tokens import load_tokenizer, tokenizer_digest
     from molmo2core.training.trainer import start_ranks, train
 
     config, cache = section.training, folder / "cache"
@@ -59,11 +60,13 @@ def train_rank(section: TrainSection, plan: PackPlanRef, base: CheckpointRef | N
             raise CheckpointError(
                 base.uri, found="weights of another model than the recipe's", expected=str(section.model)
             )
-    tokenizer_uri = storage.resolve(section.workspace, section.tokenizer)
-    tokenizer = load_tokenizer(storage.fetch_folder(tokenizer_uri, cache / "tokenizer"))
+    shards = [parent for parent in plan.parents if isinstance(parent, ShardsRef)]
+    with fetched_folder(section.tokenizer, section.workspace, TOKENIZER_FILES) as fetched:
+        tokenizer = load_tokenizer(fetched)
+        _check_tokenizer(tokenizer_digest(fetched), shards, storage.resolve(section.workspace, section.tokenizer))
     loader = build_dataloader(
         read_plan(storage.fetch_committed(plan.uri, cache)),
-        ExampleReader([parent for parent in plan.parents if isinstance(parent, ShardsRef)], "train", cache),
+        ExampleReader(shards, "train", cache),
         Preprocessor(
             geometry=section.model.geometry,
             config=section.preprocessing,
@@ -94,3 +97,15 @@ def train_rank(section: TrainSection, plan: PackPlanRef, base: CheckpointRef | N
         trained.load_state_dict(weights, assign=True)
         (folder / WEIGHTS).mkdir(exist_ok=True)
         save_weights(folder / WEIGHTS, trained, section.model)
+
+
+def _check_tokenizer(digest: str, shards: Sequence[ShardsRef], where: str) -> None:
+    """Lengths were planned with one tokenizer: texts of another would fit in no plan, and its ids in no key."""
+    for ref in shards:
+        if ref.tokenizer_digest != digest:
+            raise DataError(
+                where,
+                found=f"a tokenizer with digest {digest}",
+                expected=f"{ref.tokenizer_digest}, with which {ref.dataset} was measured",
+                mend="build the shards again",
+            )

@@ -31,6 +31,7 @@ from molmo2core.references import CheckpointRef, PackPlanRef, ShardsRef, read_re
 from molmo2core.shards.config import ShardsConfig
 from molmo2core.shards.mixture import MixtureGroup
 from molmo2core.shards.writer import write_shards
+from molmo2core.special_tokens import tokenizer_digest
 from molmo2core.stages import plan, train
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 from molmo2core.testing.training import training_config
@@ -81,7 +82,11 @@ def new_workspace(workspace: Path) -> None:
 
     folder = storage.commit_folder(str(workspace / "shards" / "mixed"), fill)
     shards = ShardsRef(
-        uri=folder.uri, digest=folder.digest, dataset="mixed", tokenizer_digest="t", num_samples={"train": 8}
+        uri=folder.uri,
+        digest=folder.digest,
+        dataset="mixed",
+        tokenizer_digest=tokenizer_digest(workspace / "tokenizer"),
+        num_samples={"train": 8},
     )
     write_reference(shards, workspace / "shards.json")
     section = PlanSection(
@@ -251,13 +256,18 @@ def test_what_cannot_work_is_refused_before_any_rank_starts(
     assert not (workspace / "no.json").exists()
 
 
-def test_a_ranks_error_is_the_stages_error(trained: tuple[Path, CheckpointRef]) -> None:
-    """An error raised in a rank arrives as itself, and its first line is no stack trace."""
+@pytest.mark.parametrize(("tokenizer", "message"), [("nowhere", "no such folder"), ("other", "digest")])
+def test_a_ranks_error_is_the_stages_error(trained: tuple[Path, CheckpointRef], tokenizer: str, message: str) -> None:
+    """An error raised in a rank arrives as itself, and its first line is no stack trace.
+
+    Also catches training with another tokenizer than the one that lengths were measured with.
+    """
     workspace, _ = trained
-    section = replace(section_in(workspace), tokenizer="nowhere")
+    storage.write_bytes(str(workspace / "other" / "tokenizer.json"), tiny_tokenizer(800).backend.to_str().encode())
+    section = replace(section_in(workspace), tokenizer=tokenizer)
     (workspace / "bad.json").write_text(to_json(section))
     command = [sys.executable, "-m", "molmo2core.stages.train", "--section", str(workspace / "bad.json")]
     command += ["--plan", str(workspace / "plan.json"), "--output", str(workspace / "no.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("DataError: ") and "nowhere" in done.stderr
+    assert done.stderr.startswith(f"DataError: {workspace / tokenizer}: ") and message in done.stderr

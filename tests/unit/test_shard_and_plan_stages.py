@@ -122,6 +122,7 @@ def check_whole_road(workspace: Workspace, cache: Path) -> None:
     outputs = workspace.shards()
     refs = [read_reference(path, ShardsRef) for path in outputs]
     assert [ref.num_samples for ref in refs] == [{"train": 20, "test": 3}, {"train": 8}]
+    assert all(storage.exists(storage.join(ref.uri, "train", "index.json")) for ref in refs)  # on S3 too
     reader = ExampleReader(refs, "train", cache)
     train = [e for examples in EXAMPLES.values() for e in examples if e.split == "train"]
     assert [reader.example(index) for index in range(len(reader))] == train
@@ -236,7 +237,7 @@ def test_wrong_inputs_are_named(workspace: Workspace, tmp_path: Path) -> None:
     output = tmp_path / "x.json"
     with pytest.raises(DataError, match="no dataset videos; expected one of images, texts"):
         shard.run(workspace.section, manifests=workspace.manifests, dataset="videos", output=output)
-    with pytest.raises(DataError, match=r"elsewhere/tokenizer\.json: no such file"):
+    with pytest.raises(DataError, match="elsewhere: no such folder"):
         section = dataclasses.replace(workspace.section, tokenizer="elsewhere")
         shard.run(section, manifests=workspace.manifests, dataset="images", output=output)
     outputs = workspace.shards()
