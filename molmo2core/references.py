@@ -33,14 +33,17 @@ class Reference:
     format_version: int = FORMAT_VERSION
 
     def ancestors(self) -> Iterator[Reference]:
-        """This reference and everything it was made from, nearest first, without repeats."""
-        seen: set[str] = set()
+        """This reference and everything it was made from, nearest first, without repeats.
+
+        Two places with the same content are two: a stage of zero steps leaves the weights of the one before.
+        """
+        seen: set[tuple[str, str]] = set()
         queue: list[Reference] = [self]
         while queue:
             reference = queue.pop(0)
-            if reference.digest in seen:
+            if (reference.uri, reference.digest) in seen:
                 continue
-            seen.add(reference.digest)
+            seen.add((reference.uri, reference.digest))
             yield reference
             queue.extend(reference.parents)
 

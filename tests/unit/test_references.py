@@ -73,6 +73,15 @@ def test_ancestors_come_nearest_first_and_once_though_reached_by_two_ways() -> N
     assert digests == ["r1", "v1", "e1", "s-captions", "s-text", "c1", "m1", "p1"]
 
 
+def test_a_stage_of_zero_steps_hides_no_stage_before_it() -> None:
+    """Its weights have the digest of those it started from; both, and what is behind them, are the lineage."""
+    first = dataclasses.replace(CHECKPOINT, uri="checkpoints/2", step=0, digest="same", parents=(CHECKPOINT,))
+    second = dataclasses.replace(first, uri="checkpoints/3", parents=(first,))
+    assert [ref.uri for ref in second.ancestors() if isinstance(ref, CheckpointRef)] == [
+        second.uri, first.uri, CHECKPOINT.uri,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [
