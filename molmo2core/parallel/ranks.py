@@ -6,29 +6,34 @@ from molmo2core.errors import RecipeError
 from molmo2core.model.config import DecoderConfig
 
 
-def check_ranks(world_size: int, context_parallel: int, global_batch_packs: int, decoder: DecoderConfig) -> None:
+def check_ranks(
+    world_size: int, context_parallel: int, global_batch_packs: int, decoder: DecoderConfig, *, where: str = "training"
+) -> None:
     """Whether ranks divide into groups, a global batch over the groups, and attention heads over a group.
+
+    Args:
+        where: the place that errors name.
 
     Raises:
         RecipeError: naming both numbers and the rule.
     """
     if context_parallel < 1 or world_size % context_parallel:
         raise RecipeError(
-            "training.context_parallel",
+            f"{where}.context_parallel",
             found=f"{context_parallel} ranks per sequence with {world_size} ranks",
             expected="a divisor of num_processes * num_nodes",
         )
     groups = world_size // context_parallel
     if global_batch_packs % groups:
         raise RecipeError(
-            "training.global_batch_packs",
+            f"{where}.global_batch_packs",
             found=f"{global_batch_packs} packs over {groups} data-parallel groups",
             expected="a multiple of the number of groups (ranks / context_parallel)",
         )
-    check_heads(decoder, context_parallel)
+    check_heads(decoder, context_parallel, where=where)
 
 
-def check_heads(decoder: DecoderConfig, context_parallel: int) -> None:
+def check_heads(decoder: DecoderConfig, context_parallel: int, *, where: str = "training") -> None:
     """Whether attention heads can be dealt out to `context_parallel` ranks.
 
     Raises:
@@ -38,7 +43,7 @@ def check_heads(decoder: DecoderConfig, context_parallel: int) -> None:
     query_heads, key_heads = decoder.num_heads, decoder.num_kv_heads
     if query_heads % context_parallel or (key_heads % context_parallel and context_parallel % key_heads):
         raise RecipeError(
-            "training.context_parallel",
+            f"{where}.context_parallel",
             found=f"{context_parallel} ranks for {query_heads} query heads and {key_heads} key/value heads",
             expected="ranks that divide the query heads, and divide or are a multiple of the key/value heads",
         )

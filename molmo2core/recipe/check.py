@@ -6,6 +6,7 @@ import math
 
 from molmo2core.errors import RecipeError
 from molmo2core.model.config import ModelConfig, named_config
+from molmo2core.parallel.ranks import check_ranks
 from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
 from molmo2core.recipe.schema import Recipe, StageRecipe
 from molmo2core.recipe.sections import STAGE_NAMES
@@ -109,34 +110,13 @@ def _check_mixture(stage: StageRecipe, recipe: Recipe, place: str) -> None:
 
 
 def _check_ranks(stage: StageRecipe, model: ModelConfig, place: str) -> None:
-    parallel, world, decoder = stage.context_parallel, stage.world_size, model.decoder
-    _require(
-        world % parallel == 0,
-        place,
-        f"context_parallel {parallel} with {stage.num_processes} x {stage.num_nodes} = {world} processes",
-        "a number of processes that context_parallel divides",
-    )
-    for name in ("num_heads", "num_kv_heads"):
-        heads = getattr(decoder, name)
-        _require(
-            heads % parallel == 0,
-            place,
-            f"context_parallel {parallel} with {heads} decoder {name}",
-            "a divisor of both numbers of heads, since the Ulysses exchange shares heads out over ranks",
-        )
+    check_ranks(stage.world_size, stage.context_parallel, stage.global_batch_packs, model.decoder, where=place)
     tokens = stage.packing.sequence_tokens
     _require(
-        tokens % parallel == 0,
+        tokens % stage.context_parallel == 0,
         place,
-        f"sequence_tokens {tokens} with context_parallel {parallel}",
+        f"sequence_tokens {tokens} with context_parallel {stage.context_parallel}",
         "a sequence that context_parallel divides",
-    )
-    _require(
-        stage.global_batch_packs % stage.data_parallel == 0,
-        place,
-        f"global_batch_packs {stage.global_batch_packs} over {world} / {parallel} = {stage.data_parallel} "
-        "data-parallel groups",
-        "a multiple of the number of groups",
     )
 
 
