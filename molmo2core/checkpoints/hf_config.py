@@ -21,8 +21,6 @@ HUB_REPOSITORY = "allenai/Molmo2-8B"
 """Where loaders that want the released Python files (vLLM, transformers < 5.23) find them: our exports carry none."""
 
 _QK_NORM = {"per_head": "qwen3", "full": "olmo"}
-_VOLATILE = ("auto_map", "dtype", "transformers_version")
-"""Top-level fields that say nothing about the model."""
 
 
 def released_config(config: ModelConfig, special: SpecialTokens, *, dtype: str) -> dict[str, Any]:

@@ -43,8 +43,7 @@ class Connector(nn.Module):
         mean = patches.sum(dim=1) / valid.sum(dim=1, keepdim=True).clamp(min=1).to(features.dtype)
         query = self.query(mean).unflatten(-1, (self.num_heads, 1, -1))
         key, value = (
-            project(patches).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for project in (self.key, self.value)
+            project(patches).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for project in (self.key, self.value)
         )
         # An all-padding row would be a softmax over nothing: NaN here, and NaN in every gradient.
         allowed = valid | ~valid.any(dim=1, keepdim=True)

@@ -93,6 +93,7 @@ class SignalAfter(Callback):  # type: ignore[misc]
 
 def signal_after(step: int, rank: int = 0) -> Any:
     """Context in which trainings get SIGTERM on `rank` while step `step` runs."""
+
     def with_signal(**arguments: Any) -> Trainer:
         arguments["callbacks"] = [*arguments["callbacks"], SignalAfter(step, rank)]
         return Trainer(**arguments)
