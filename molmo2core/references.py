@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from molmo2core import storage
 from molmo2core.errors import DataError
 
 FORMAT_VERSION = 1
@@ -127,9 +128,12 @@ AnyReference = TypeVar("AnyReference", bound=Reference)
 
 
 def write_reference(reference: Reference, path: Path) -> None:
-    """Write `reference` as JSON to `path` (a KFP artifact's path), creating its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_to_json(reference), indent=1, sort_keys=True) + "\n")
+    """Write `reference` as JSON to `path` (a KFP artifact's path), whole, creating its folder.
+
+    Raises:
+        PlatformError: the disk is full.
+    """
+    storage.write_bytes(str(path), (json.dumps(_to_json(reference), indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_reference(path: Path, kind: type[AnyReference]) -> AnyReference:
