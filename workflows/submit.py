@@ -1,6 +1,7 @@
 """Compile the pipeline, and hand it to a Kubeflow Pipelines server."""
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def submit(host: str, arguments: Mapping[str, Any], *, run_name: str, experiment
     import kfp_server_api
     import urllib3
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the client's, about servers older than version 2
         package = Path(folder) / "full_recipe.yaml"
         check_arguments(compile_pipeline(package, caching=caching), arguments)
         try:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from molmo2core.checkpoints.hf_config import read_json
-from molmo2core.errors import CheckpointError
+from molmo2core.errors import CheckpointError, PlatformError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -76,12 +76,20 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     """Write `tensors` into files of at most `shard_bytes` (one tensor may exceed it alone), with an index if several.
 
     A file's number of shards is in its name, so shards are written under their number and renamed at the end.
+
+    Raises:
+        PlatformError: the disk takes no more.
     """
     written: list[tuple[Path, list[str]]] = []
     total = 0
     for shard in _shards(tensors, shard_bytes):
         path = folder / f"{len(written) + 1}.part"
-        save_file(shard, path, metadata={"format": "pt"})
+        try:
+            save_file(shard, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # no OSError, whatever the disk said
+            raise PlatformError(
+                str(folder), found=f"cannot write weights: {error}", mend="free space or choose another workspace"
+            ) from error
         written.append((path, list(shard)))
         total += sum(_bytes(tensor) for tensor in shard.values())
     if len(written) == 1:

@@ -7,8 +7,11 @@ mlflow_gx_mds_s3.md 2.  Great Expectations takes seconds to import, so it is imp
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,7 +120,8 @@ def _validate(frame: pd.DataFrame, run_name: str, docs: Path) -> list[dict[str, 
     import great_expectations as gx
     from great_expectations.checkpoint import UpdateDataDocsAction
 
-    context = gx.get_context(mode="ephemeral")
+    with _logged_errors_raised():
+        context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     context.add_data_docs_site(
         site_name="local",
@@ -148,16 +152,39 @@ def _validate(frame: pd.DataFrame, run_name: str, docs: Path) -> list[dict[str, 
         },
         actions=[UpdateDataDocsAction(name="docs", site_names=["local"])],
     )
-    run = context.checkpoints.add(checkpoint).run(
-        batch_parameters={"dataframe": frame},
-        run_id=gx.RunIdentifier(run_name=run_name, run_time=datetime(2000, 1, 1, tzinfo=UTC)),  # same input, same docs
-    )
+    run_id = gx.RunIdentifier(run_name=run_name, run_time=datetime(2000, 1, 1, tzinfo=UTC))  # same input, same docs
+    with _logged_errors_raised():
+        run = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": frame}, run_id=run_id)
     make_readable_offline(docs)
     (validation,) = run.run_results.values()
     results: list[dict[str, Any]] = validation.to_json_dict()["results"]
     if len(results) != expected:  # an unknown expectation would be dropped in silence
         raise RuntimeError(f"{len(results)} of {expected} expectations were evaluated")
     return results
+
+
+@contextmanager
+def _logged_errors_raised() -> Iterator[None]:
+    """Raise what Great Expectations only logs: it goes on when a page of the Data Docs cannot be written.
+
+    Its log goes nowhere else meanwhile: it is long, and under KFP, which shows every message, of several lines.
+    """
+    errors: list[BaseException] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            errors.append(sys.exc_info()[1] or RuntimeError(record.getMessage()))
+
+    logger, handler = logging.getLogger("great_expectations"), Collect(logging.ERROR)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+    if errors:
+        raise errors[0]
 
 
 def _could_not_run(result: Mapping[str, Any]) -> bool:

@@ -149,7 +149,9 @@ def row_from_line(uri: str, number: int, line: bytes) -> ManifestRow | Problem:
     try:
         content = json.loads(line.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        return Problem(rule="json", place="", found=f"not JSON ({error})", mend="write one JSON object per line")
+        # Its own words say "line 1", which is wrong for all lines of the manifest but the first.
+        details = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        return Problem(rule="json", place="", found=f"not JSON ({details})", mend="write one JSON object per line")
     if not isinstance(content, dict):
         found = f"a JSON {type(content).__name__} instead of an object"
         return Problem(rule="json", place="", found=found, mend="write one JSON object per line")

@@ -117,7 +117,12 @@ def read_delivered(manifests: Mapping[str, str]) -> list[DeliveredRow]:
                 mend="correct data.manifests in the recipe",
             ) from error
         if not lines:
-            raise DataError(uri, found="an empty manifest", expected="one JSON object per line")
+            raise DataError(
+                uri,
+                found="an empty manifest",
+                expected="one JSON object per line",
+                mend=f"deliver it again, or remove {dataset!r} from data.manifests in the recipe",
+            )
         delivered += [_delivered_row(dataset, uri, number, line) for number, line in lines]
     return delivered
 
@@ -217,7 +222,7 @@ def refuse_if_unusable(validation: Validation, data: DataConfig, quarantine: str
             often = ", ".join(f"{rule} ({count})" for rule, count in reasons.most_common(_SHOWN_REASONS))
             example = next(row for row in validation.quarantined if row.dataset == dataset)
             raise DataError(
-                f"dataset {dataset}",
+                f"dataset {dataset} ({data.manifests[dataset]})",
                 found=f"{refused} of {rows} rows refused, most often: {often}; the first, line {example.line}: "
                 f"{example.reasons[0]}",
                 expected=f"at most {data.max_quarantined_fraction:.0%} (data.max_quarantined_fraction)",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from molmo2core.errors import Molmo2Error, exit_with_message
+from molmo2core.errors import exit_with_message
 from molmo2core.model.config import named_config
 from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.recipe.check import check_recipe
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_recipe(recipe, where=str(options.recipe))
         for name, text in cut_sections(recipe).items():
             write_bytes(str(options.output / f"{name}.json"), text.encode())
-    except Molmo2Error as error:
+    except Exception as error:
         return exit_with_message(error)
     return 0
 

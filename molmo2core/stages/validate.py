@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from molmo2core import storage
-from molmo2core.errors import DataError, Molmo2Error, exit_with_message
+from molmo2core.errors import DataError, exit_with_message
 from molmo2core.manifest.rules import Limits
 from molmo2core.manifest.validate import (
     DeliveredRow,
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         section = from_json(storage.read_bytes(str(options.section)).decode(), ValidateSection)
         report = run(section, output=options.output)
-    except Molmo2Error as error:
+    except Exception as error:
         return exit_with_message(error)
     print("\n".join(report.lines))
     return 0

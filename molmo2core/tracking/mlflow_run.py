@@ -99,6 +99,9 @@ def tracking_errors(uri: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         raise PlatformError(uri, found=f"MLflow: {error}", mend="check that the tracking store is up") from error
+    except OSError as error:  # from copying an artifact: MLflow wraps the errors of its database only
+        mend = "check that the tracking store is up and its artifact store has space"
+        raise PlatformError(uri, found=f"MLflow: {error}", mend=mend) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +28,7 @@ from molmo2core.recipe.sections import ValidateSection
 from molmo2core.references import ManifestsRef, read_reference
 from molmo2core.sources.config import ShapesConfig
 from molmo2core.sources.shapes import DATASETS
-from molmo2core.stages import validate
+from molmo2core.stages import resolve, validate
 from molmo2core.testing.tiny_corpus import tiny_corpus
 
 Row = dict[str, Any]
@@ -367,6 +368,8 @@ def test_too_many_refused_rows_name_reasons_and_keep_quarantine_and_docs(corpus:
         validate.run(section(tmp_path, manifests=manifests), output=tmp_path / "ref.json")
     message = str(caught.value)
     assert "2 of 7 rows refused" in message and "json (2)" in message and "at most 5%" in message
+    assert f"({manifests['mine']})" in message and "line 6: json" in message and "column 2" in message
+    assert "line 1" not in message, "that is the parser's count within the line"
     path = Path(re.search(r"(\S+quarantine\.jsonl)", message)[1])  # type: ignore[index]
     assert path.parent.name.endswith(".failed") and len(quarantine_in(str(path.parent))) == 2
     assert (path.parent / "data_docs" / "index.html").is_file()
@@ -378,6 +381,28 @@ def test_command_line_prints_the_message_first(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "section.json").write_text(to_json(section(tmp_path, manifests={"mine": "nowhere.jsonl"})))
     assert validate.main(["--section", str(tmp_path / "section.json"), "--output", str(tmp_path / "ref.json")]) == 2
     assert capsys.readouterr().err.startswith("DataError: ")
+
+
+@pytest.mark.parametrize("command", [validate.main, resolve.main])
+def test_command_line_prints_a_message_before_any_trace(
+    command: Callable[[list[str]], int],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also for what nobody foresaw, here a key that is computed wrongly."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(validate, "read_delivered", fail)
+    monkeypatch.setattr(resolve, "cut_sections", fail)
+    (tmp_path / "section.json").write_text(to_json(section(tmp_path, manifests={})))
+    recipe = str(Path(__file__).parents[2] / "workflows/recipes/tiny.yaml")
+    first = ["--section", str(tmp_path / "section.json")] if command is validate.main else ["--recipe", recipe]
+    assert command([*first, "--output", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("internal error: ZeroDivisionError: by zero")
 
 
 # --- the suite and the measuring ------------------------------------------------------------------------------------
@@ -392,6 +417,13 @@ def test_suite_finds_quantities_that_a_rule_overlooked(tmp_path: Path) -> None:
     rows = [frame_row(0, largest_coordinate=640.0), frame_row(1, seconds_beyond_end=1.0), frame_row(2), frame_row(3)]
     assert run_suite(rows, run_name="t", docs=tmp_path) == {0: ("point_outside",), 1: ("time_outside",)}
     assert {quantity.rule for quantity in QUANTITIES} <= set(RULES)
+
+
+def test_suite_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """KFP shows every message; lines of Great Expectations' longer ones looked like output of the stage."""
+    caplog.set_level(logging.INFO)
+    run_suite([frame_row(0)], run_name="t", docs=tmp_path)
+    assert "\n" not in caplog.text.strip()
 
 
 def test_suite_that_cannot_be_evaluated_is_no_verdict_on_data(tmp_path: Path) -> None:
