@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from molmo2core import storage
 from molmo2core.annotations import Annotation, MediaKind, Pointing, Tracking
-from molmo2core.errors import DataError, Molmo2Error, exit_with_message
+from molmo2core.errors import DataError, exit_with_message
 from molmo2core.examples import Split, Subtitle
 from molmo2core.sources import shapes_annotations as texts
 from molmo2core.sources.config import ShapesConfig
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.pop("output")
     try:
         make_corpus(output, ShapesConfig(**options))
-    except Molmo2Error as error:
+    except Exception as error:
         return exit_with_message(error)
     print(f"shapes corpus: {output}")
     return 0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from molmo2core import storage
-from molmo2core.errors import DataError, Molmo2Error, exit_with_message
+from molmo2core.errors import DataError, exit_with_message
 from molmo2core.packing.plan import PLANNER, DatasetLengths, plan_packs
 from molmo2core.packing.plan_files import write_plan
 from molmo2core.preprocessing.lengths import root_bound
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         section = from_json(storage.read_bytes(str(options.section)).decode(), PlanSection)
         run(section, shards=options.shards, output=options.output)
-    except Molmo2Error as error:
+    except Exception as error:
         return exit_with_message(error)
     return 0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from molmo2core import storage
 from molmo2core.checkpoints.fetch import TOKENIZER_FILES, fetched_folder
-from molmo2core.errors import DataError, Molmo2Error, exit_with_message
+from molmo2core.errors import DataError, exit_with_message
 from molmo2core.examples import Example, ManifestRow
 from molmo2core.manifest.schema import example_from_row, read_manifest
 from molmo2core.recipe.load import from_json
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         section = from_json(storage.read_bytes(str(options.section)).decode(), ShardSection)
         run(section, manifests=options.manifests, dataset=options.dataset, output=options.output)
-    except Molmo2Error as error:
+    except Exception as error:
         return exit_with_message(error)
     return 0
 

@@ -25,7 +25,7 @@ from statistics import mean
 from typing import Any
 
 from molmo2core import storage
-from molmo2core.errors import DataError, Molmo2Error, RecipeError, exit_with_message
+from molmo2core.errors import DataError, RecipeError, exit_with_message
 from molmo2core.launch.torchrun import run_torchrun
 from molmo2core.parallel.ranks import check_ranks
 from molmo2core.recipe.load import from_json, to_json
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         section = from_json(storage.read_bytes(str(options.section)).decode(), TrainSection)
         run(section, plan=options.plan, base=options.base, output=options.output)
-    except Molmo2Error as error:
+    except Exception as error:
         return exit_with_message(error)
     return 0
 

@@ -96,6 +96,7 @@ def run(section: ValidateSection, *, output: Path) -> StageReport:
         ),
         output,
     )
+    print("\n".join(report.lines))
     print(f"{report.stage}: {'reused' if reused else 'made'} {folder.uri} in {report.seconds:.1f} s", flush=True)
     return report
 
@@ -153,10 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         section = from_json(storage.read_bytes(str(options.section)).decode(), ValidateSection)
-        report = run(section, output=options.output)
+        run(section, output=options.output)
     except Exception as error:
         return exit_with_message(error)
-    print("\n".join(report.lines))
     return 0
 
 

@@ -377,6 +377,19 @@ def test_too_many_refused_rows_name_reasons_and_keep_quarantine_and_docs(corpus:
     assert not storage.is_committed(str(path.parent)) and not (tmp_path / "ref.json").exists()
 
 
+def test_tolerated_rows_are_told_made_or_reused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipeline step shows what `run` prints: rows that were left out must not go unsaid there."""
+    manifests = {"mine": write_manifest(tmp_path / "mine.jsonl", [*rows_of(corpus, "text"), b"{"])}
+    tolerant = section(tmp_path, manifests=manifests)
+    tolerant = replace(tolerant, data=replace(tolerant.data, max_quarantined_fraction=0.5, required_splits=("train",)))
+    for how in ("made", "reused"):
+        validate.run(tolerant, output=tmp_path / "ref.json")
+        shown = capsys.readouterr().out
+        assert "1 quarantined" in shown and "broken rules: json (1); see " in shown and f"validate_data: {how}" in shown
+
+
 def test_command_line_prints_the_message_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "section.json").write_text(to_json(section(tmp_path, manifests={"mine": "nowhere.jsonl"})))
     assert validate.main(["--section", str(tmp_path / "section.json"), "--output", str(tmp_path / "ref.json")]) == 2
