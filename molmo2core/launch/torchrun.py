@@ -50,6 +50,8 @@ def run_torchrun(
                 child.PARENT_VARIABLE: str(os.getpid()),
                 child.ERROR_VARIABLE: error_file,
                 "PYTHONUNBUFFERED": "1",
+                # Threads that spin while they wait make a step ten times slower once another process wants the cores.
+                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # torchrun warns; ranks set their own
             },
             stdout=subprocess.PIPE,

@@ -265,7 +265,7 @@ def _colour_question(shape: Shape, rng: np.random.Generator) -> QuestionAnswer:
 def _presence_question(shapes: Sequence[Shape], rng: np.random.Generator) -> QuestionAnswer:
     names = [shape.name for shape in shapes]
     present = rng.random() < 0.5
-    name = names[rng.integers(len(names))] if present else _absent_name(names, rng)
+    name = names[rng.integers(len(names))] if present else _absent_name(shapes, rng)
     return _qa(rng, "image_qa", "presence", "yes" if present else "no", "presence", name=name)
 
 
@@ -293,10 +293,10 @@ def _labels(
     labels = ["shape"] if everything and len(shapes) > 1 and rng.random() < everything else []
     while len(labels) < number:
         draw = rng.random()
-        if draw < 0.25 and labels:
-            label = _absent_name(names, rng)
+        if draw < 0.12 and labels:
+            label = _absent_name(shapes, rng)
         else:
-            among = names if draw < 0.65 else wide
+            among = names if draw < 0.7 else wide
             label = among[rng.integers(len(among))]
         if label not in labels:
             labels.append(label)
@@ -307,9 +307,10 @@ def _has_label(shape: Shape | MovingShape, label: str) -> bool:
     return label in (shape.name, shape.form, f"{shape.colour} shape", "shape")
 
 
-def _absent_name(names: Sequence[str], rng: np.random.Generator) -> str:
-    absent = [name for colour in COLOURS for form in FORMS if (name := f"{colour} {form}") not in names]
-    return absent[rng.integers(len(absent))]
+def _absent_name(shapes: Sequence[AnyShape], rng: np.random.Generator) -> str:
+    """A shape of a colour that is not there."""
+    absent = [colour for colour in COLOURS if colour not in {shape.colour for shape in shapes}]
+    return f"{absent[rng.integers(len(absent))]} {FORMS[rng.integers(len(FORMS))]}"
 
 
 def _alone_in(shapes: Sequence[AnyShape], attribute: Literal["form", "colour"]) -> list[AnyShape]:

@@ -23,7 +23,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (165, 55, 200),
     "white": (250, 250, 250),
 }
-"""Well separated from each other and from every background (largest channel of a background: 90)."""
+"""Well separated from each other and from every background (largest channel of a background: 45)."""
 IMAGE_SIZES = ((64, 64), (96, 96), (96, 80), (80, 96), (120, 96), (160, 120))
 SET_IMAGE_SIZES = ((64, 64), (72, 64), (64, 72))
 VIDEO_SIZES = ((96, 96), (112, 96), (96, 112), (128, 96), (160, 120))
@@ -68,11 +68,6 @@ class Scene:
     shapes: tuple[Shape, ...]
     bar: tuple[float, float] | None = None
     """Left and right edge of an upright grey bar in front of everything."""
-
-    @property
-    def shorter_side(self) -> int:
-        """In pixels; radii are stated as fractions of it."""
-        return min(self.width, self.height)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +145,7 @@ def is_visible(scene: Scene, shape: Shape, margin: float = 3.0) -> bool:
 def random_scene(rng: np.random.Generator, sizes: Sequence[tuple[int, int]] = IMAGE_SIZES, most: int = 4) -> Scene:
     """A picture of 1 to `most` shapes, mostly 1 to 3, that do not touch."""
     width, height = sizes[rng.integers(len(sizes))]
-    shares = np.array([0.32, 0.36, 0.24, 0.08][:most])
+    shares = np.array([0.45, 0.33, 0.17, 0.05][:most])
     number = 1 + int(rng.choice(len(shares), p=shares / shares.sum()))
     shapes = tuple(
         Shape(form=form, colour=colour, x=x, y=y, radius=radius)
@@ -162,14 +157,14 @@ def random_scene(rng: np.random.Generator, sizes: Sequence[tuple[int, int]] = IM
 
 
 def random_looks(rng: np.random.Generator, number: int) -> list[tuple[Form, str]]:
-    """Form and colour of each of `number` shapes; no two shapes share both, some share one."""
-    looks: list[tuple[Form, str]] = [(form, colour) for form in FORMS for colour in COLOURS]
-    return [looks[i] for i in rng.permutation(len(looks))[:number]]
+    """Form and colour of each of `number` shapes; colours differ, forms may be the same."""
+    colours = list(COLOURS)
+    return [(FORMS[rng.integers(len(FORMS))], colours[i]) for i in rng.permutation(len(colours))[:number]]
 
 
 def random_background(rng: np.random.Generator) -> Background:
     """Dark, every second one plain."""
-    top, bottom = (tuple(int(v) for v in rng.integers(15, 91) + rng.integers(-15, 1, 3)) for _ in range(2))
+    top, bottom = (tuple(int(v) for v in rng.integers(15, 46) + rng.integers(-15, 1, 3)) for _ in range(2))
     return Background(top=top, bottom=bottom if rng.random() < 0.5 else top)  # type: ignore[arg-type]
 
 

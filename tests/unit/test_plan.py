@@ -152,8 +152,6 @@ def test_dataset_without_share_is_never_drawn_but_keeps_its_ids() -> None:
 
 def test_single_sample_and_window_of_one() -> None:
     """Catches empty windows and endless loops at the smallest sizes."""
-    planned = plan_packs(
-        [lengths("a", [(90, 8, [5])])], packing=replace(PACKING, window=1), num_packs=3, seed=0
-    )
+    planned = plan_packs([lengths("a", [(90, 8, [5])])], packing=replace(PACKING, window=1), num_packs=3, seed=0)
     assert planned.plan.entries["epoch"].tolist() == [0, 1, 2]
     assert planned.plan.pack_offsets.tolist() == [0, 1, 2, 3]
