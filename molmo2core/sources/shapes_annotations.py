@@ -308,9 +308,10 @@ def _has_label(shape: Shape | MovingShape, label: str) -> bool:
 
 
 def _absent_name(shapes: Sequence[AnyShape], rng: np.random.Generator) -> str:
-    """A shape of a colour that is not there."""
-    absent = [colour for colour in COLOURS if colour not in {shape.colour for shape in shapes}]
-    return f"{absent[rng.integers(len(absent))]} {FORMS[rng.integers(len(FORMS))]}"
+    """A shape that is not there, of a colour that is not there while some colour is missing."""
+    colours = [colour for colour in COLOURS if colour not in {shape.colour for shape in shapes}] or list(COLOURS)
+    absent = sorted({f"{colour} {form}" for colour in colours for form in FORMS} - {shape.name for shape in shapes})
+    return absent[rng.integers(len(absent))]
 
 
 def _alone_in(shapes: Sequence[AnyShape], attribute: Literal["form", "colour"]) -> list[AnyShape]:
