@@ -180,7 +180,9 @@ def test_greedy_generation(pair: Pair, inputs: Inputs) -> None:
     never = model.config.decoder.vocab_size + 100  # a new token: the head cannot give it
     free = generate(model, prompts, max_new_tokens=16, eos=never)
     assert free == native_answers(native, prompts, 16, never, video=inputs is video)
-    assert all(len(answer) == 16 for answer in free) and len(set(free[0])) > 3
+    assert all(len(answer) == 16 for answer in free)
+    if model.decoder.head is not None:  # a random model whose head is its embedding repeats its last token
+        assert len(set(free[0])) > 3
     eos = free[0][5]
     stopped = generate(model, prompts, max_new_tokens=16, eos=eos)
     assert stopped == native_answers(native, prompts, 16, eos, video=inputs is video)

@@ -23,7 +23,7 @@ from molmo2core.sources.config import ShapesConfig
 from molmo2core.special_tokens import load_tokenizer
 from molmo2core.storage import list_files, open_committed
 
-CONFIG = ShapesConfig(images=60, image_sets=12, videos=40, texts=20)
+CONFIG = ShapesConfig(images=60, image_sets=12, videos=60, texts=20)
 
 
 @pytest.fixture(scope="module")
