@@ -24,7 +24,7 @@ from molmo2core.errors import DataError
 def main(arguments):
     what, folder = arguments
     rank = os.environ.get("RANK", "0")
-    print(f"rank {rank} of {os.environ.get('WORLD_SIZE', '1')} node {os.environ['NODE_RANK']}")  # one write: ranks interleave
+    print(f"rank {rank} of {os.environ.get('WORLD_SIZE', '1')} node {os.environ['NODE_RANK']}")
     if what == "fail":
         if rank == "0":
             raise DataError("shard 3", found="a hole", expected="bytes", mend="build it again")
