@@ -73,11 +73,11 @@ _DECODER_BLOCK = tuple(
     for released, ours in (
         ("attn_norm", ("attention_norm",)),
         ("ff_norm", ("mlp_norm",)),
-        ("self_attn.att_proj", ("attention.query", "attention.key", "attention.value")),
+        ("self_attn.att_proj", ("attention.query_key_value",)),
         ("self_attn.attn_out", ("attention.out",)),
         ("self_attn.q_norm", ("attention.query_norm",)),
         ("self_attn.k_norm", ("attention.key_norm",)),
-        ("mlp.ff_proj", ("mlp.up", "mlp.gate")),
+        ("mlp.ff_proj", ("mlp.up_gate",)),
         ("mlp.ff_out", ("mlp.down",)),
     )
 )

@@ -83,13 +83,13 @@ def load_decoder(folder: Path, model: Molmo2) -> None:
     with WeightFiles(folder) as files:
         found = files.names()
         if "lm_head.weight" not in found:  # the base model ties its head
-            names = {
-                ours: "model.embed_tokens.weight" if base == "lm_head.weight" else base for ours, base in names.items()
-            }
-        check_names(found - {"lm_head.weight"}, set(names.values()) - {"lm_head.weight"}, str(folder))
+            names |= {"decoder.head": ("model.embed_tokens.weight",)} if not config.tie_embeddings else {}
+        expected = {name for base in names.values() for name in base}
+        check_names(found - {"lm_head.weight"}, expected - {"lm_head.weight"}, str(folder))
         if config.tie_embeddings and "lm_head.weight" in found:
             _check_tied(files.read, str(folder))
-        _copy(((ours, files.read(base)) for ours, base in names.items()), model, str(folder))
+        joined = ((ours, torch.cat([files.read(name) for name in base])) for ours, base in names.items())
+        _copy(joined, model, str(folder))
 
 
 def load_vision_encoder(folder: Path, model: Molmo2) -> None:
@@ -119,27 +119,27 @@ def _copy(tensors: Iterator[tuple[str, Tensor]], model: Molmo2, where: str) -> N
             parameter.copy_(checked_shape(tensor, name, tuple(parameter.shape), where))
 
 
-def _decoder_names(config: DecoderConfig) -> dict[str, str]:
-    """Our name -> the base model's."""
+def _decoder_names(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
+    """Our name -> the base model's tensors that it holds, concatenated along dimension 0."""
     on_input = config.norm_placement == "input"
     in_block = {
-        "attention.query": "self_attn.q_proj",
-        "attention.key": "self_attn.k_proj",
-        "attention.value": "self_attn.v_proj",
-        "attention.out": "self_attn.o_proj",
-        "attention.query_norm": "self_attn.q_norm",
-        "attention.key_norm": "self_attn.k_norm",
-        "attention_norm": "input_layernorm" if on_input else "post_attention_layernorm",
-        "mlp_norm": "post_attention_layernorm" if on_input else "post_feedforward_layernorm",
-        "mlp.gate": "mlp.gate_proj",
-        "mlp.up": "mlp.up_proj",
-        "mlp.down": "mlp.down_proj",
+        "attention.query_key_value": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attention.out": ("self_attn.o_proj",),
+        "attention.query_norm": ("self_attn.q_norm",),
+        "attention.key_norm": ("self_attn.k_norm",),
+        "attention_norm": ("input_layernorm" if on_input else "post_attention_layernorm",),
+        "mlp_norm": ("post_attention_layernorm" if on_input else "post_feedforward_layernorm",),
+        "mlp.up_gate": ("mlp.up_proj", "mlp.gate_proj"),
+        "mlp.down": ("mlp.down_proj",),
     }
-    names = {"decoder.embedding.base": "model.embed_tokens.weight", "decoder.norm.weight": "model.norm.weight"}
+    names: dict[str, tuple[str, ...]] = {
+        "decoder.embedding.base": ("model.embed_tokens.weight",),
+        "decoder.norm.weight": ("model.norm.weight",),
+    }
     if not config.tie_embeddings:
-        names["decoder.head"] = "lm_head.weight"
+        names["decoder.head"] = ("lm_head.weight",)
     return names | {
-        f"decoder.stack.blocks.{i}.{ours}.weight": f"model.layers.{i}.{base}.weight"
+        f"decoder.stack.blocks.{i}.{ours}.weight": tuple(f"model.layers.{i}.{name}.weight" for name in base)
         for i in range(config.num_layers)
         for ours, base in in_block.items()
     }

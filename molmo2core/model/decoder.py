@@ -61,9 +61,9 @@ class DecoderAttention(nn.Module):
         """Replaced by parallel/context_parallel.py; everything else in this module is blind to ranks."""
         query_width = config.num_heads * config.head_dim
         key_width = config.num_kv_heads * config.head_dim
-        self.query = nn.Linear(config.width, query_width, bias=False)
-        self.key = nn.Linear(config.width, key_width, bias=False)
-        self.value = nn.Linear(config.width, key_width, bias=False)
+        self.query_key_value = nn.Linear(config.width, query_width + 2 * key_width, bias=False)
+        """Rows of the queries, then of the keys, then of the values, as released files have them."""
+        self.widths = (query_width, key_width, key_width)
         self.out = nn.Linear(query_width, config.width, bias=False)
         per_head = config.qk_norm == "per_head"
         self.query_norm = RMSNorm(config.head_dim if per_head else query_width, config.norm_eps)
@@ -71,9 +71,10 @@ class DecoderAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: RotaryTable, mask: AttentionMask, cache: KeyValueCache | None) -> Tensor:
         """[B, S, W] -> [B, S, W]"""
-        query = rotate(self._heads(self.query(x), self.query_norm), rotary)
-        key = rotate(self._heads(self.key(x), self.key_norm), rotary)
-        value = self.value(x).unflatten(-1, (-1, self.config.head_dim))
+        projected_query, projected_key, projected_value = self.query_key_value(x).split(self.widths, dim=-1)
+        query = rotate(self._heads(projected_query, self.query_norm), rotary)
+        key = rotate(self._heads(projected_key, self.key_norm), rotary)
+        value = projected_value.unflatten(-1, (-1, self.config.head_dim))
         if cache is None:
             attended = self.attend(query, key, value, mask)
         elif cache.is_empty:
@@ -93,17 +94,17 @@ class DecoderAttention(nn.Module):
 
 
 class DecoderMLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU with one fused input matrix: rows of the up branch first, then of the gate, as in released files."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.up = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.up_gate = nn.Linear(config.width, 2 * config.mlp_width, bias=False)
         self.down = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, W] -> [B, S, W]"""
-        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        up, gate = self.up_gate(x).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up)
         return out
 
 

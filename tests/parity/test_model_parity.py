@@ -121,7 +121,7 @@ def test_gradients(pair: Pair, inputs: Inputs) -> None:
             continue  # softmax ignores a shift of all its inputs: the gradient is rounding around zero
         assert relative_difference([parameter.grad], [expected]) <= GRADIENT_TOLERANCE, name
         compared += 1
-    assert compared > (30 if inputs is text else 75)
+    assert compared > (20 if inputs is text else 65)
 
 
 def native_gradient(native: Any, name: str, config: ModelConfig) -> Tensor | None:
@@ -134,6 +134,10 @@ def native_gradient(native: Any, name: str, config: ModelConfig) -> Tensor | Non
     if name == "decoder.embedding.base":
         both = config.decoder.tie_embeddings
         return embedding[:size] + gradients["lm_head.weight"] if both else embedding[:size]  # type: ignore[no-any-return]
+    if fused := re.fullmatch(r"decoder\.stack\.blocks\.(\d+)\.(attention\.query_key_value|mlp\.up_gate)\.weight", name):
+        layer = f"model.language_model.layers.{fused[1]}."
+        parts = ("mlp.up", "mlp.gate") if fused[2] == "mlp.up_gate" else ("self_attn.q", "self_attn.k", "self_attn.v")
+        return torch.cat([gradients[f"{layer}{part}_proj.weight"] for part in parts])
     for ours, theirs in NATIVE_NAMES:
         renamed, count = re.subn(f"^{ours}", theirs, name)
         if count:
@@ -148,11 +152,8 @@ NATIVE_NAMES = (
     (r"decoder\.stack\.blocks\.(\d+)\.mlp_norm", r"model.language_model.layers.\1.post_attention_layernorm"),
     (r"decoder\.stack\.blocks\.(\d+)\.attention\.query_norm", r"model.language_model.layers.\1.self_attn.q_norm"),
     (r"decoder\.stack\.blocks\.(\d+)\.attention\.key_norm", r"model.language_model.layers.\1.self_attn.k_norm"),
-    (r"decoder\.stack\.blocks\.(\d+)\.attention\.query", r"model.language_model.layers.\1.self_attn.q_proj"),
-    (r"decoder\.stack\.blocks\.(\d+)\.attention\.key", r"model.language_model.layers.\1.self_attn.k_proj"),
-    (r"decoder\.stack\.blocks\.(\d+)\.attention\.value", r"model.language_model.layers.\1.self_attn.v_proj"),
     (r"decoder\.stack\.blocks\.(\d+)\.attention\.out", r"model.language_model.layers.\1.self_attn.o_proj"),
-    (r"decoder\.stack\.blocks\.(\d+)\.mlp\.(gate|up|down)", r"model.language_model.layers.\1.mlp.\2_proj"),
+    (r"decoder\.stack\.blocks\.(\d+)\.mlp\.down", r"model.language_model.layers.\1.mlp.down_proj"),
     (r"vision_encoder\.position_embedding", "model.vision_tower.positional_embedding"),
     (r"vision_encoder\.patch_embedding", "model.vision_tower.patch_embedding"),
     (r"vision_encoder\.blocks\.(\d+)\.attention_norm", r"model.vision_tower.layers.\1.layer_norm1"),
@@ -210,8 +211,8 @@ def other_layers_scaled(model: Molmo2, prompts: list[TokenizedExample]) -> list[
 
 
 def gate_and_up_swapped(model: Molmo2, prompts: list[TokenizedExample]) -> list[TokenizedExample]:
-    mlp = model.decoder.stack.blocks[0].mlp
-    mlp.gate, mlp.up = mlp.up, mlp.gate
+    matrix = model.decoder.stack.blocks[0].mlp.up_gate.weight
+    matrix.copy_(torch.cat(matrix.chunk(2)[::-1]))
     return prompts
 
 

@@ -122,16 +122,22 @@ def test_mapping_is_a_bijection(variant: Variant, tied: bool) -> None:
     assert sorted(named) == sorted([*state, *(["decoder.embedding.base"] if tied else [])])
 
 
+@torch.no_grad()
 def test_fused_matrices_hold_up_before_gate_and_query_key_value() -> None:
-    """model.md 3.3.  The bijection above would hold with any order; this one would not."""
+    """model.md 3.3: the MLP is linear in its up branch only, and the released halves are ours.  Would catch a gate
+    that comes first, which every shape allows."""
     model = tiny_model(1)
     released = dict(hf_mapping.to_released(model.state_dict(), model.config))
-    block = model.decoder.stack.blocks[1]
-    up = released["model.transformer.blocks.1.mlp.ff_proj.weight"][: model.config.decoder.mlp_width]
-    assert torch.equal(up, block.mlp.up.weight)
+    block, width = model.decoder.stack.blocks[1], model.config.decoder.mlp_width
+    assert torch.equal(released["model.transformer.blocks.1.mlp.ff_proj.weight"], block.mlp.up_gate.weight)
+    x = torch.randn(3, model.config.decoder.width)
+    before = block.mlp(x)
+    block.mlp.up_gate.weight[:width] *= 2
+    assert torch.allclose(block.mlp(x), 2 * before, rtol=1e-5, atol=1e-6)
+    block.mlp.up_gate.weight[width:] *= 2
+    assert not torch.allclose(block.mlp(x), 4 * before, rtol=1e-2, atol=1e-3)
     fused = released["model.transformer.blocks.1.self_attn.att_proj.weight"]
-    assert torch.equal(fused[:96], block.attention.query.weight)
-    assert torch.equal(fused[96:128], block.attention.key.weight)
+    assert torch.equal(fused, block.attention.query_key_value.weight) and block.attention.widths == (96, 32, 32)
 
 
 @pytest.mark.parametrize("size", get_args(Size))
