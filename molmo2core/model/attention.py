@@ -1,30 +1,49 @@
-"""Who may attend to whom, in O(S) memory, and attention under it on any device.
+"""Who may attend to whom, in O(S) memory, and attention under it.
 
-The rule is message_tree/attention_rule.py's; here it is described by two numbers per token and turned into a small
-dense mask per packed example only, never into S x S (DECISIONS D3).
+The rule is message_tree/attention_rule.py's.  A batch describes it by two numbers per token, document and branch in one
+id and a visual flag, and never as S x S.  Three backends compute the same from that description:
 
-Shape legend: B batch, S sequence, H query heads, G key/value heads, h head dimension, L length of one document.
+    sdpa    torch's scaled_dot_product_attention, document by document; any device    attention_sdpa.py
+    flex    FlexAttention with a block mask; CUDA                                     attention_flex.py
+    flash   flash-attn's variable-length kernel, for what is plainly causal; CUDA     attention_flash.py
+
+`auto` takes `sdpa` on a CPU; on CUDA `flash` where it is installed and the batch is plain causal text, else `flex`.
+flash-attn knows no masks, so `flash` too leaves sequences with visual tokens or several branches to `flex`.
+
+Shape legend: B batch, S sequence, H query heads, G key/value heads, h head dimension.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
-from molmo2core.examples import DOCUMENT
+from molmo2core.model import attention_flash, attention_flex, attention_sdpa
+from molmo2core.model.attention_sdpa import Span
+from molmo2core.model.config import AttentionBackend
+
+
+class VariableLengths(NamedTuple):
+    """Documents one after the other, as flash-attn wants them."""
+
+    offsets: Tensor
+    """int32 [documents + 1], the first token of each document and the number of tokens."""
+    longest: int
 
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Description of a batch's attention rule.
+    """Description of a batch's attention rule.  What backends derive from it is kept, so all layers share it.
 
     Args:
-        subsegment_ids: int64 [B, S]; document * DOCUMENT + (ROOT or branch); PADDING for padding tokens, which form
-            a document of their own, so that no row of attention is empty.
+        subsegment_ids: int64 [B, S]; document * DOCUMENT + (ROOT or branch), ascending documents and branches in a
+            row; PADDING, which nobody sees, anywhere.  What padding itself attends to is left to the backend.
         is_visual: bool [B, S].
     """
 
@@ -32,22 +51,39 @@ class AttentionMask:
     is_visual: Tensor
 
     @cached_property
-    def documents(self) -> tuple[tuple[int, int, int, Tensor | None], ...]:
-        """Each run of one document: (row, start, stop, mask), mask bool [L, L] or None where it is plain causal."""
-        runs: list[tuple[int, int, int, Tensor | None]] = []
-        documents = torch.div(self.subsegment_ids, DOCUMENT, rounding_mode="floor")
-        for row in range(documents.shape[0]):
-            lengths = torch.unique_consecutive(documents[row], return_counts=True)[1].tolist()
-            start = 0
-            for length in lengths:
-                stop = start + length
-                mask = _document_mask(self.subsegment_ids[row, start:stop], self.is_visual[row, start:stop])
-                runs.append((row, start, stop, mask))
-                start = stop
-        return tuple(runs)
+    def spans(self) -> tuple[Span, ...]:
+        """Runs of one document, or of padding, in order of rows and tokens.  The one place that waits for a GPU."""
+        return attention_sdpa.document_spans(self.subsegment_ids.cpu(), self.is_visual.cpu())
+
+    @cached_property
+    def is_plain_causal(self) -> bool:
+        """Whether no document has visual tokens or branches."""
+        return all(span.is_plain_causal for span in self.spans)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """FlexAttention's block mask: bool [S / 128, S / 128] and ids, not S x S."""
+        return attention_flex.block_mask(self.subsegment_ids, self.is_visual)
+
+    @cached_property
+    def variable_lengths(self) -> VariableLengths:
+        """Bounds of all spans."""
+        offsets = [0]
+        for span in self.spans:
+            offsets.append(offsets[-1] + span.length)
+        device = self.subsegment_ids.device
+        longest = max((span.length for span in self.spans), default=0)
+        return VariableLengths(torch.tensor(offsets, dtype=torch.int32, device=device), longest)
+
+    @cached_property
+    def span_masks(self) -> dict[int, Tensor]:
+        """Small masks that attention_sdpa keeps from one layer to the next, by number of the span."""
+        return {}
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask, backend: AttentionBackend = "auto"
+) -> Tensor:
     """Attention within each document under the rule.
 
     Args:
@@ -55,21 +91,37 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -
         keys, values: [B, S, G, h], G divides H; consecutive query heads share a key head.
 
     Returns:
+        [B, S, H, h]; rows of padding are finite and mean nothing.
+    """
+    chosen = backend
+    if chosen == "auto":
+        chosen = "sdpa" if queries.device.type == "cpu" else "flash" if attention_flash.can_run(queries) else "flex"
+    if chosen == "sdpa":
+        return attention_sdpa.attend(queries, keys, values, mask.spans, mask.span_masks)
+    if chosen == "flash" and mask.is_plain_causal:
+        lengths = mask.variable_lengths
+        return attention_flash.attend(
+            queries, keys, values, offsets=lengths.offsets, longest=lengths.longest, causal=True
+        )
+    return attention_flex.attend(queries, keys, values, mask.block_mask)
+
+
+def attend_within_rows(queries: Tensor, keys: Tensor, values: Tensor, backend: AttentionBackend = "auto") -> Tensor:
+    """Every token attends to its whole row: the vision encoder, whose rows are crops.
+
+    Args:
+        queries, keys, values: [B, S, H, h].
+
+    Returns:
         [B, S, H, h]
     """
-    batch, length = queries.shape[:2]
-    parts = [
-        F.scaled_dot_product_attention(
-            queries[row, start:stop].transpose(0, 1),
-            keys[row, start:stop].transpose(0, 1),
-            values[row, start:stop].transpose(0, 1),
-            attn_mask=allowed,
-            is_causal=allowed is None,
-            enable_gqa=queries.shape[2] != keys.shape[2],
-        ).transpose(0, 1)
-        for row, start, stop, allowed in mask.documents
-    ]
-    return torch.cat(parts).view(batch, length, *queries.shape[2:])
+    # FlexAttention has nothing to add without a mask: SDPA takes a fused kernel by itself.
+    if backend == "flash" or (backend == "auto" and attention_flash.can_run(queries)):
+        rows, length = queries.shape[:2]
+        offsets = torch.arange(rows + 1, dtype=torch.int32, device=queries.device) * length
+        return attention_flash.attend(queries, keys, values, offsets=offsets, longest=length, causal=False)
+    query, key, value = (x.transpose(1, 2) for x in (queries, keys, values))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def attend_to_cache(queries: Tensor, keys: Tensor, values: Tensor, num_keys: Tensor) -> Tensor:
@@ -90,12 +142,3 @@ def attend_to_cache(queries: Tensor, keys: Tensor, values: Tensor, num_keys: Ten
         attn_mask=allowed[:, None, None],
         enable_gqa=queries.shape[2] != keys.shape[2],
     ).transpose(1, 2)
-
-
-def _document_mask(subsegment_ids: Tensor, is_visual: Tensor) -> Tensor | None:
-    if bool((subsegment_ids == subsegment_ids[0]).all()) and not bool(is_visual.any()):
-        return None
-    length = subsegment_ids.shape[0]
-    causal = torch.ones(length, length, dtype=torch.bool, device=subsegment_ids.device).tril()
-    both_visual = is_visual[:, None] & is_visual[None, :]
-    return (causal | both_visual) & (subsegment_ids[:, None] <= subsegment_ids[None, :])

@@ -9,6 +9,8 @@ from molmo2core.errors import RecipeError
 from molmo2core.preprocessing.config import VisualGeometry
 
 Size = Literal["tiny", "4b", "8b", "o-7b"]
+AttentionBackend = Literal["auto", "sdpa", "flex", "flash"]
+"""How attention is computed; all give the same (model/attention.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,13 @@ Shape legend: C crops, P patches of a crop, D bytes of a patch, W width, F conca
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from molmo2core.model.attention import attend_within_rows
 from molmo2core.model.config import VisionEncoderConfig
 from molmo2core.preprocessing.config import VisualGeometry
 
@@ -19,6 +22,8 @@ class VisionBlock(nn.Module):
     def __init__(self, config: VisionEncoderConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend_within_rows
+        """Set by model/backends.py."""
         inner = config.num_heads * config.head_dim
         self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.query = nn.Linear(config.width, inner)
@@ -33,11 +38,9 @@ class VisionBlock(nn.Module):
         """[C, P, W] -> [C, P, W]"""
         normed = self.attention_norm(x)
         query, key, value = (
-            project(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for project in (self.query, self.key, self.value)
+            project(normed).unflatten(-1, (self.num_heads, -1)) for project in (self.query, self.key, self.value)
         )
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        x = x + self.attention_out(attended)
+        x = x + self.attention_out(self.attend(query, key, value).flatten(2))
         hidden: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh"))
         return x + hidden
 

@@ -1,0 +1,226 @@
+"""Every backend against the one definition of the mask, message_tree/attention_rule.py, on random packs.
+
+On a CPU FlexAttention runs uncompiled, which evaluates the rule for all pairs and ignores the blocks, so the blocks are
+tested apart; flash-attn does not run at all, so its bounds are tested with an attention of our own.  tests/gpu runs
+both for real.  Tolerances: float64 is compared at 1e-12 (300 packs: values differ by at most 2.4e-15, gradients by
+1.1e-14), FlexAttention in float32 at 1e-5 (100 packs: equal).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from molmo2core.errors import RecipeError
+from molmo2core.examples import PADDING
+from molmo2core.message_tree.attention_rule import allowed
+from molmo2core.model import attention_flash, attention_flex, attention_sdpa
+from molmo2core.model.attention import AttentionMask, attend
+from molmo2core.model.backends import select_attention
+from molmo2core.testing.packs import random_pack
+from molmo2core.testing.tiny_model import tiny_model
+
+HEADS, GROUPS, WIDTH = 4, 2, 16
+
+
+def tensors(batch: int, length: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, length, heads, WIDTH) for heads in (HEADS, GROUPS, GROUPS)]
+    query, key, value = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+    return query, key, value
+
+
+def by_the_rule(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor:
+    """Dense attention under the brute-force rule, key heads repeated."""
+    rows = [allowed(i.numpy(), v.numpy()) for i, v in zip(mask.subsegment_ids, mask.is_visual, strict=True)]
+    dense = torch.from_numpy(np.stack(rows))[:, None]
+    key, value = (x.repeat_interleave(HEADS // GROUPS, dim=2).transpose(1, 2) for x in (key, value))
+    scores = (query.transpose(1, 2) @ key.transpose(2, 3) / WIDTH**0.5).masked_fill(~dense, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+packs = st.integers(0, 2**31).map(lambda seed: random_pack(np.random.default_rng(seed), max_tokens=420))
+"""Documents with a root of text and visual tokens, branches, visual tokens in branches, padding anywhere."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(packs=st.lists(packs, min_size=1, max_size=2), short=st.sampled_from([0, 40, 1000]), rows=st.integers(1, 70))
+def test_sdpa_values_and_gradients(packs: list[AttentionMask], short: int, rows: int) -> None:
+    """Would catch keys beyond a row's reach, a mask kept for another document, heads paired with wrong groups."""
+    mask = stacked(packs)
+    inputs = [x.requires_grad_() for x in tensors(*mask.subsegment_ids.shape, torch.float64)]
+    real = (mask.subsegment_ids != PADDING)[..., None, None]
+    weights = torch.randn(inputs[0].shape, dtype=torch.float64) * real
+    with pytest.MonkeyPatch.context() as patch:  # both ways of doing a document, at sizes a test can afford
+        patch.setattr(attention_sdpa, "SHORT", short)
+        patch.setattr(attention_sdpa, "QUERY_ROWS", rows)
+        ours = attend(*inputs, mask, "sdpa")
+        gradients = torch.autograd.grad((ours * weights).sum(), inputs)
+    expected = by_the_rule(*inputs, mask)
+    assert ((ours - expected) * real).abs().max() <= 1e-12
+    for found, wanted in zip(gradients, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
+        assert (found - wanted).abs().max() <= 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(packs=st.lists(packs, min_size=1, max_size=2))
+@torch.no_grad()
+def test_flex_values(packs: list[AttentionMask]) -> None:
+    """Would catch a block that is skipped or taken whole by mistake."""
+    mask = stacked(packs)
+    query, key, value = tensors(*mask.subsegment_ids.shape, torch.float32)
+    real = (mask.subsegment_ids != PADDING)[..., None, None]
+    difference = (attend(query, key, value, mask, "flex") - by_the_rule(query, key, value, mask)) * real
+    assert difference.abs().max() <= 1e-5
+
+
+@settings(max_examples=100, deadline=None)
+@given(pack=st.integers(0, 2**31).map(lambda seed: random_pack(np.random.default_rng(seed), max_tokens=1500)))
+def test_blocks_are_never_wrong(pack: AttentionMask) -> None:
+    """A block of which some pair is allowed is kept; a block taken whole has no pair that is not.  The compiled
+    kernel trusts both and never looks at a skipped or whole block again."""
+    size = attention_flex.BLOCK
+    dense = allowed(pack.subsegment_ids[0].numpy(), pack.is_visual[0].numpy())
+    missing = -len(dense) % size
+    blocks = np.pad(dense, (0, missing)).reshape(-1, size, (len(dense) + missing) // size, size).transpose(0, 2, 1, 3)
+    some, whole = (
+        x[0].numpy() for x in attention_flex.classify_blocks(pack.subsegment_ids.to(torch.int32), pack.is_visual)
+    )
+    assert not (blocks.any((2, 3)) & ~some).any()
+    assert not (whole & ~blocks.all((2, 3))).any()
+    assert not (whole & ~some).any()
+
+
+def test_blocks_are_mostly_told_apart() -> None:
+    """A classification that keeps every block would pass above and waste everything: on packs of whole documents few
+    kept blocks are empty, and of a long video nearly all are whole."""
+    kept = wasted = 0
+    for seed in range(20):
+        pack = random_pack(np.random.default_rng(seed), max_tokens=4000, padding=False)
+        dense = allowed(pack.subsegment_ids[0].numpy(), pack.is_visual[0].numpy())
+        missing = -len(dense) % 128
+        blocks = np.pad(dense, (0, missing)).reshape(-1, 128, (len(dense) + missing) // 128, 128).any((1, 3))
+        some = attention_flex.classify_blocks(pack.subsegment_ids.to(torch.int32), pack.is_visual)[0][0].numpy()
+        kept, wasted = kept + int(some.sum()), wasted + int((some & ~blocks).sum())
+    assert wasted <= 0.1 * kept
+    video = torch.full((1, 128 * 30), 10_000)
+    _, whole = attention_flex.classify_blocks(video.to(torch.int32), torch.ones_like(video, dtype=torch.bool))
+    assert whole.all()
+
+
+def test_block_mask_is_small() -> None:
+    """36,864 tokens: what is kept is under 50 MB (dense float32: 5.4 GB)."""
+    rng = np.random.default_rng(0)
+    pack = random_pack(rng, max_tokens=36_864, padding=False)
+    made = attention_flex.block_mask(pack.subsegment_ids, pack.is_visual)
+    some, _ = attention_flex.classify_blocks(pack.subsegment_ids.to(torch.int32), pack.is_visual)
+    assert torch.equal(made.to_dense()[:, 0].bool(), some)  # the lists of blocks that the kernel walks
+    kept = [value for value in vars(made).values() if isinstance(value, Tensor)]
+    assert len(kept) >= 6
+    assert sum(x.numel() * x.element_size() for x in kept) < 50e6
+
+
+def test_sdpa_memory_grows_with_the_length_alone() -> None:
+    """One long video document, forward and backward: no tensor of S x S, nor many parts of one, in any operation.
+    Would catch a mask of the whole batch, torch's unfused kernel, and masks that autograd keeps."""
+    length = 4096
+    ids = torch.full((1, length), 10_000)
+    ids[:, 3500:] = 0
+    visual = torch.zeros(1, length, dtype=torch.bool)
+    visual[:, 5:3400:2] = True
+    inputs = [x.requires_grad_() for x in tensors(1, length, torch.float32)]
+    kept: dict[int, int] = {}
+
+    def note(saved: Tensor) -> Tensor:
+        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes() // 4
+        return saved
+
+    with LargestTensor() as seen:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+            out = attend(*inputs, AttentionMask(ids, visual))
+        out.sum().backward()
+    assert seen.largest <= attention_sdpa.QUERY_ROWS * length
+    assert sum(kept.values()) <= 5 * length * HEADS * WIDTH
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest result of any operation."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor):
+                self.largest = max(self.largest, value.numel())
+        return result
+
+
+def test_flash_bounds_are_the_documents() -> None:
+    """flash-attn gets runs of tokens; here an attention of our own gets the same runs.  Would catch runs across rows
+    and padding that joins a document."""
+    packs = [random_pack(np.random.default_rng(seed), max_tokens=200, plain=True) for seed in (1, 2, 3)]
+    mask = stacked(packs)
+    assert mask.is_plain_causal
+    query, key, value = tensors(*mask.subsegment_ids.shape, torch.float32)
+    offsets, longest = mask.variable_lengths
+    flat = [x.flatten(0, 1).repeat_interleave(HEADS // x.shape[2], dim=1) for x in (query, key, value)]
+    parts = [
+        F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in flat), is_causal=True).transpose(0, 1)
+        for a, b in zip(offsets.tolist()[:-1], offsets.tolist()[1:], strict=True)
+    ]
+    real = (mask.subsegment_ids != PADDING)[..., None, None]
+    difference = (torch.cat(parts).view_as(query) - by_the_rule(query, key, value, mask)) * real
+    assert difference.abs().max() <= 1e-5
+    assert longest == max(len(part) for part in parts)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_trees_are_not_plain(seed: int) -> None:
+    assert not random_pack(np.random.default_rng(seed), max_tokens=400).is_plain_causal
+
+
+@torch.no_grad()
+def test_backends_give_the_same_model() -> None:
+    """The switch reaches every attention, and the whole model gives the same."""
+    model = tiny_model(1)
+    pack = random_pack(np.random.default_rng(4), max_tokens=300)
+    length = pack.subsegment_ids.shape[1]
+    inputs = {
+        "input_ids": torch.randint(0, 700, (1, length)),
+        "position_ids": torch.arange(length)[None],
+        "crops": torch.zeros(0, 36, 243, dtype=torch.uint8),
+        "pooling": torch.zeros(0, 9, dtype=torch.int64),
+    }
+    plain = model(**inputs, mask=pack)
+    select_attention(model, "flex")
+    flexed = model(**inputs, mask=AttentionMask(pack.subsegment_ids, pack.is_visual))
+    real = (pack.subsegment_ids != PADDING)[..., None]
+    assert not torch.equal(plain, flexed)
+    assert ((plain - flexed) * real).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_flash_without_flash_attn_is_an_error() -> None:
+    with pytest.raises(RecipeError, match="flash: a model on cpu; expected a CUDA device; to mend it: set attention"):
+        select_attention(tiny_model(0), "flash")
+    if attention_flash._kernel() is None:
+        with pytest.raises(RecipeError, match="no importable package flash_attn"):
+            attention_flash.check_installed(torch.device("cuda"))
+
+
+def stacked(packs: list[AttentionMask]) -> AttentionMask:
+    """One batch, the shorter rows padded."""
+
+    def padded(name: str, filler: int) -> Tensor:
+        rows = [getattr(pack, name)[0].long() for pack in packs]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
+
+    return AttentionMask(padded("subsegment_ids", PADDING), padded("is_visual", 0).bool())
