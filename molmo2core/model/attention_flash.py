@@ -19,19 +19,12 @@ def can_run(queries: Tensor) -> bool:
     return queries.is_cuda and queries.dtype in (torch.float16, torch.bfloat16) and _kernel() is not None
 
 
-def check_installed(device: torch.device) -> None:
-    """Refuse `flash` where it cannot run.
+def check_installed() -> None:
+    """Refuse `flash` without flash-attn.
 
     Raises:
-        RecipeError: no CUDA device, or flash-attn cannot be imported.
+        RecipeError: flash-attn cannot be imported.
     """
-    if device.type != "cuda":
-        raise RecipeError(
-            "attention: flash",
-            found=f"a model on {device.type}",
-            expected="a CUDA device",
-            mend="set attention to auto or sdpa",
-        )
     if _kernel() is None:
         raise RecipeError(
             "attention: flash",

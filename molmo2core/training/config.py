@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from molmo2core.message_tree.config import Weighting
+from molmo2core.model.config import AttentionBackend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class TrainingConfig:
     dropout: DropoutConfig = field(default_factory=DropoutConfig)
     precision: str = "fp32"
     """`fp32` or `amp_bf16`."""
+    attention: AttentionBackend = "auto"
+    """What computes attention; all backends give the same (model/attention.py)."""
     save_interval_steps: int
     """Steps between checkpoints to resume from."""
     num_processes: int = 1

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from molmo2core.errors import PlatformError, RecipeError
 from molmo2core.examples import Batch
+from molmo2core.model.backends import select_attention
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.parallel.context_parallel import apply_context_parallel
 from molmo2core.parallel.mesh import build_mesh
@@ -160,8 +161,10 @@ def build_trainer(
     context_rank = dist.get_global_rank() % config.context_parallel
     if ranks > 1 and isinstance(device, DeviceCPU):
         average_gradients_on_gloo()
+    kind = "cuda" if isinstance(device, DeviceGPU) else "cpu"
+    select_attention(model, config.attention, torch.device(kind))
     if config.context_parallel > 1:
-        mesh = build_mesh(ranks, config.context_parallel, "cuda" if isinstance(device, DeviceGPU) else "cpu")
+        mesh = build_mesh(ranks, config.context_parallel, kind)
         apply_context_parallel(model, mesh.get_group("cp"))
     checkpoint = newest_checkpoint(folder)
     dist.barrier()  # all have looked before rank 0 tidies up

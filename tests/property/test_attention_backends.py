@@ -8,6 +8,7 @@ both for real.  Tolerances: float64 is compared at 1e-12 (300 packs: values diff
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from molmo2core.message_tree.attention_rule import allowed
 from molmo2core.model import attention_flash, attention_flex, attention_sdpa
 from molmo2core.model.attention import AttentionMask, attend
 from molmo2core.model.backends import select_attention
+from molmo2core.model.config import AttentionBackend
 from molmo2core.testing.packs import random_pack
 from molmo2core.testing.tiny_model import tiny_model
 
@@ -190,7 +192,7 @@ def test_trees_are_not_plain(seed: int) -> None:
 
 @torch.no_grad()
 def test_backends_give_the_same_model() -> None:
-    """The switch reaches every attention, and the whole model gives the same."""
+    """The whole model, decoder attention replaced."""
     model = tiny_model(1)
     pack = random_pack(np.random.default_rng(4), max_tokens=300)
     length = pack.subsegment_ids.shape[1]
@@ -201,19 +203,33 @@ def test_backends_give_the_same_model() -> None:
         "pooling": torch.zeros(0, 9, dtype=torch.int64),
     }
     plain = model(**inputs, mask=pack)
-    select_attention(model, "flex")
+    for block in model.decoder.stack.blocks:  # select_attention refuses flex on a CPU
+        block.attention.attend = partial(attend, backend="flex")
     flexed = model(**inputs, mask=AttentionMask(pack.subsegment_ids, pack.is_visual))
     real = (pack.subsegment_ids != PADDING)[..., None]
     assert not torch.equal(plain, flexed)
     assert ((plain - flexed) * real).abs().max() <= 1e-5 * plain.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["flex", "flash"])
+def test_a_gpu_backend_without_a_gpu_is_an_error(backend: AttentionBackend) -> None:
+    with pytest.raises(RecipeError, match=f"{backend}: a model on cpu; expected a CUDA device; to mend it: set attent"):
+        select_attention(tiny_model(0), backend, torch.device("cpu"))
+
+
+@pytest.mark.skipif(attention_flash._kernel() is not None, reason="flash-attn is installed")
 def test_flash_without_flash_attn_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="flash: a model on cpu; expected a CUDA device; to mend it: set attention"):
-        select_attention(tiny_model(0), "flash")
-    if attention_flash._kernel() is None:
-        with pytest.raises(RecipeError, match="no importable package flash_attn"):
-            attention_flash.check_installed(torch.device("cuda"))
+    """On a GPU machine whose image lacks it: told at the start, not by an ImportError in the first step."""
+    with pytest.raises(RecipeError, match="no importable package flash_attn; expected flash-attn 2"):
+        select_attention(tiny_model(0), "flash", torch.device("cuda"))
+
+
+def test_the_switch_reaches_every_attention() -> None:
+    model = tiny_model(0)
+    select_attention(model, "sdpa", torch.device("cpu"))
+    switched = [m.attend for m in model.modules() if hasattr(m, "attend")]
+    assert len(switched) == model.config.decoder.num_layers + model.config.vision_encoder.num_layers
+    assert all(attend.keywords == {"backend": "sdpa"} for attend in switched)
 
 
 def stacked(packs: list[AttentionMask]) -> AttentionMask:

@@ -90,7 +90,7 @@ def test_training_is_the_plain_loop(tmp_path: Path) -> None:
     expected = plain_torch_loop(model, config)
     weights, lines = train_tiny(tmp_path, config)
     assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-6)
-    assert expected[-1] != pytest.approx(expected[0], rel=1e-2)
+    assert expected[-1] != pytest.approx(expected[0], rel=1e-3)
     difference = max((weights[name] - value).abs().max().item() for name, value in model.state_dict().items())
     assert difference < 3e-5
 
