@@ -17,7 +17,8 @@ from molmo2core.checkpoints.hf_mapping import Read, check_names, checked_shape, 
 from molmo2core.checkpoints.weight_files import WeightFiles
 from molmo2core.errors import CheckpointError, RecipeError
 from molmo2core.model.config import DecoderConfig, ModelConfig
-from molmo2core.model.molmo2 import Molmo2, build_model
+from molmo2core.model.initialization import build_model
+from molmo2core.model.molmo2 import Molmo2
 
 
 def initial_model(config: ModelConfig, weights: InitialWeights, *, seed: int, workspace: str) -> Molmo2:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from molmo2core.errors import DataError
@@ -16,14 +15,11 @@ from molmo2core.model.attention import AttentionMask
 from molmo2core.model.cache import KeyValueCache
 from molmo2core.model.config import ModelConfig
 from molmo2core.model.connector import Connector, no_visual_tokens
-from molmo2core.model.decoder import Decoder, RMSNorm
+from molmo2core.model.decoder import Decoder
 from molmo2core.model.vision_encoder import VisionEncoder
 from molmo2core.special_tokens import EXTRA_TOKENS, IM_PATCH
 
 ParameterGroup = Literal["vision_encoder", "connector", "decoder"]
-
-INITIAL_STD = 0.02
-"""Of new tokens and connector, as published."""
 
 
 class Molmo2(nn.Module):
@@ -102,39 +98,3 @@ def group_of_parameter(name: str) -> ParameterGroup:
     if name.startswith("vision_encoder."):
         return "vision_encoder"
     return "connector" if name.startswith("connector.") or name == "decoder.embedding.new" else "decoder"
-
-
-def build_model(config: ModelConfig, *, seed: int) -> Molmo2:
-    """A Molmo2 with random weights, the same for the same seed.
-
-    New tokens and connector are normal with standard deviation 0.02 as published (model.md 3.4), or 1/sqrt(width)
-    where that is more, which it is for tiny widths alone.  What real runs load from base models begins so that a
-    tiny model learns within minutes: matrices with deviation 1/sqrt(inputs), positions of patches as sines and
-    cosines, so that where something is can be read off linearly from the first step.
-    """
-    model = Molmo2(config)
-    generator = torch.Generator().manual_seed(seed)
-    norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm | RMSNorm)}
-    std = max(INITIAL_STD, config.decoder.width**-0.5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if id(parameter) in norms:
-                parameter.fill_(1.0)
-            elif name == "vision_encoder.position_embedding":
-                parameter.copy_(_patch_positions(config.geometry.grid, parameter.shape[1]))
-            elif parameter.ndim == 1:
-                parameter.zero_()
-            elif group_of_parameter(name) == "connector" or name in ("decoder.embedding.base", "decoder.head"):
-                parameter.normal_(0.0, std, generator=generator)
-            else:
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-    return model
-
-
-def _patch_positions(grid: int, width: int) -> Tensor:
-    """Sines and cosines of row and column, [grid * grid, width], periods from four grids to half a grid."""
-    frequencies = torch.pi * 2.0 ** torch.linspace(-1, 2, -(-width // 4))
-    angles = (torch.arange(grid) + 0.5)[:, None] / grid * frequencies
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-    rows, columns = waves[:, None].expand(grid, grid, -1), waves[None].expand(grid, grid, -1)
-    return torch.cat([rows, columns], dim=-1).reshape(grid * grid, -1)[:, :width]

@@ -10,7 +10,8 @@ import torch
 
 from molmo2core.examples import PADDING, ROOT, TokenizedExample
 from molmo2core.model.config import ModelConfig, YarnConfig, named_config
-from molmo2core.model.molmo2 import Molmo2, build_model
+from molmo2core.model.initialization import build_model
+from molmo2core.model.molmo2 import Molmo2
 from molmo2core.special_tokens import (
     EXTRA_TOKENS,
     FRAME_END,

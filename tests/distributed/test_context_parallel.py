@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from molmo2core.model.molmo2 import build_model
+from molmo2core.model.initialization import build_model
 from molmo2core.testing.distributed import run_distributed
 from molmo2core.testing.shared_sequence import (
     context_parallel_gradients,
