@@ -16,8 +16,8 @@ from torch import Tensor
 from molmo2core.errors import CheckpointError
 from molmo2core.examples import PADDING, TokenizedExample
 from molmo2core.model.attention import AttentionMask
-from molmo2core.model.generate import join_visual
 from molmo2core.model.molmo2 import Molmo2
+from molmo2core.model.prompt_batch import join_visual
 
 
 def load_native(folder: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,15 @@ import torch
 from molmo2core.checkpoints.import_hf import import_released
 from molmo2core.errors import RecipeError
 from molmo2core.examples import Example, TokenizedExample
-from molmo2core.model.generate import generate
+from molmo2core.model.generate import GenerationOptions, generate
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.preprocessing.preprocessor import Preprocessor
 from molmo2core.special_tokens import load_tokenizer
 
 _MID_GREY = 127
+_TOKENS_PER_BATCH = 32_768
+"""Of prompts that share a batch, so that long videos are answered one by one, whatever the batch size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +55,23 @@ class InferenceModel:
         batch_size: int,
         max_new_tokens: int,
     ) -> list[str]:
-        """Greedy answers, in the order of `prompts`; prompts of similar length share a batch."""
+        """Greedy answers, in the order of `prompts`; prompts of similar length share a batch.
+
+        An answer ends early where the model has no further position.
+        """
         tokenizer = self.preprocessor.tokenizer
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
+        limit = self.model.config.decoder.max_position_embeddings
         answers = [""] * len(prompts)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            tokens = generate(
-                self.model,
-                [prompts[i] for i in batch],
-                max_new_tokens=max_new_tokens,
-                eos=tokenizer.special.eos,
-            )
-            for i, ids in zip(batch, tokens, strict=True):
-                answers[i] = tokenizer.decode(ids).strip()
+        for batch in _batches([len(prompt.input_ids) for prompt in prompts], batch_size):
+            options = [
+                GenerationOptions(
+                    max_new_tokens=min(max_new_tokens, limit - len(prompts[i].input_ids)),
+                    stop_tokens=frozenset({tokenizer.special.eos}),
+                )
+                for i in batch
+            ]
+            for i, answer in zip(batch, generate(self.model, [prompts[i] for i in batch], options), strict=True):
+                answers[i] = tokenizer.decode(list(answer.token_ids)).strip()
         return answers
 
 
@@ -90,3 +95,17 @@ def load_inference_model(folder: Path, preprocessing: PreprocessingConfig) -> In
 def blanked(prompt: TokenizedExample) -> TokenizedExample:
     """The same prompt with every pixel mid-grey: what the model says without seeing."""
     return dataclasses.replace(prompt, crops=np.full_like(prompt.crops, _MID_GREY))
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of `lengths`, ascending, in groups of at most `batch_size` and, above one, of _TOKENS_PER_BATCH."""
+    batch: list[int] = []
+    tokens = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == batch_size or tokens + lengths[index] > _TOKENS_PER_BATCH):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(index)
+        tokens += lengths[index]
+    if batch:
+        yield batch

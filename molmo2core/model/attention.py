@@ -122,23 +122,3 @@ def attend_within_rows(queries: Tensor, keys: Tensor, values: Tensor, backend: A
         return attention_flash.attend(queries, keys, values, offsets=offsets, longest=length, causal=False)
     query, key, value = (x.transpose(1, 2) for x in (queries, keys, values))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-
-
-def attend_to_cache(queries: Tensor, keys: Tensor, values: Tensor, num_keys: Tensor) -> Tensor:
-    """Attention of one new token per row to the first `num_keys` [B] cached keys of its row.
-
-    Args:
-        queries: [B, 1, H, h].
-        keys, values: [B, S, G, h].
-
-    Returns:
-        [B, 1, H, h]
-    """
-    allowed = torch.arange(keys.shape[1], device=keys.device) < num_keys[:, None]
-    return F.scaled_dot_product_attention(
-        queries.transpose(1, 2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=allowed[:, None, None],
-        enable_gqa=queries.shape[2] != keys.shape[2],
-    ).transpose(1, 2)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molmo2core.model.attention import AttentionMask, attend, attend_to_cache
+from molmo2core.model.attention import AttentionMask, attend
 from molmo2core.model.cache import KeyValueCache
 from molmo2core.model.config import DecoderConfig
 from molmo2core.model.rope import rotary_table, rotate
@@ -75,14 +75,12 @@ class DecoderAttention(nn.Module):
         query = rotate(self._heads(projected_query, self.query_norm), rotary)
         key = rotate(self._heads(projected_key, self.key_norm), rotary)
         value = projected_value.unflatten(-1, (-1, self.config.head_dim))
-        if cache is None:
-            attended = self.attend(query, key, value, mask)
-        elif cache.is_empty:
-            cache.fill(self.layer, key, value)
-            attended = self.attend(query, key, value, mask)
+        if cache is not None and cache.num_slots:
+            attended = cache.attend(self.layer, query, key, value)
         else:
-            keys, values = cache.extend(self.layer, key, value)
-            attended = attend_to_cache(query, keys, values, cache.lengths + 1)
+            attended = self.attend(query, key, value, mask)
+            if cache is not None:
+                cache.fill(self.layer, key, value)
         out: Tensor = self.out(attended.flatten(2))
         return out
 
@@ -155,7 +153,7 @@ class DecoderStack(nn.Module):
 
         Args:
             position_ids: int64 [B, S].
-            mask: rule of the whole sequence.
+            mask: rule of the whole sequence; a step after the prefill follows the cache instead.
             token_dropout: [B, S] drop probability of each token's residual branches, or None.
         """
         config = self.config
@@ -167,6 +165,8 @@ class DecoderStack(nn.Module):
         layers = config.rope_scaling_layers if config.rope_scaling_layers is not None else range(config.num_layers)
         for layer, block in enumerate(self.blocks):
             x = block(x, scaled if layer in layers else plain, mask, token_dropout, cache)
+        if cache is not None:
+            cache.advance()
         return x
 
 

@@ -21,12 +21,11 @@ from torch import Tensor
 
 from molmo2core.checkpoints.hf_config import released_config
 from molmo2core.checkpoints.hf_mapping import to_released
-from molmo2core.checkpoints.native import load_native, native_inputs, native_logits, our_logits
+from molmo2core.checkpoints.native import load_native, native_logits, our_logits
 from molmo2core.checkpoints.processor_files import write_json
 from molmo2core.checkpoints.weight_files import write_weights
 from molmo2core.examples import TokenizedExample
 from molmo2core.model.config import ModelConfig
-from molmo2core.model.generate import generate
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.testing.tiny_model import Variant, random_prompt, tiny_model
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
@@ -170,35 +169,6 @@ NATIVE_NAMES = (
     (r"connector\.value", "model.multi_modal_projector.image_pooling_2d.v_proj"),
     (r"connector\.(gate|up|down)", r"model.multi_modal_projector.image_projector.\1_proj"),
 )
-
-
-@pytest.mark.parametrize("inputs", [text, several_images, video, padded_batch])
-def test_greedy_generation(pair: Pair, inputs: Inputs) -> None:
-    """Token for token what `transformers.generate` gives, from prompts of unequal lengths, with and without EOS.
-    Would catch wrong positions after the prompt, attention to another row's padding, a stop one token late."""
-    model, native = pair
-    prompts = inputs(model.config)
-    never = model.config.decoder.vocab_size + 100  # a new token: the head cannot give it
-    free = generate(model, prompts, max_new_tokens=16, eos=never)
-    assert free == native_answers(native, prompts, 16, never, video=inputs is video)
-    assert all(len(answer) == 16 for answer in free)
-    if model.decoder.head is not None:  # a random model whose head is its embedding repeats its last token
-        assert len(set(free[0])) > 3
-    eos = free[0][5]
-    stopped = generate(model, prompts, max_new_tokens=16, eos=eos)
-    assert stopped == native_answers(native, prompts, 16, eos, video=inputs is video)
-    assert len(stopped[0]) <= 5
-
-
-def native_answers(
-    native: Any, prompts: Sequence[TokenizedExample], max_new_tokens: int, eos: int, *, video: bool
-) -> list[list[int]]:
-    inputs = native_inputs(prompts, pad_id=SPECIAL.pad, video=video)
-    generated = native.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=SPECIAL.pad
-    )
-    answers = generated[:, inputs["input_ids"].shape[1] :].tolist()
-    return [answer[: answer.index(eos)] if eos in answer else answer for answer in answers]
 
 
 def causal_only(model: Molmo2, prompts: list[TokenizedExample]) -> list[TokenizedExample]:
