@@ -251,8 +251,8 @@ def test_wider_windows_change_nothing() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_window_without_patches_is_finite(training: bool) -> None:
-    """Would catch a softmax over nothing, whose NaN reaches every weight; and its features, whatever they hold, the
-    other windows."""
+    """Would catch a mean of nothing (0 / 0), and a softmax over nothing where the kernel does not guard against it, as
+    torch's do since 2.5: a NaN would reach every weight."""
     connector, features, windows = connector_inputs()
     windows[5] = PADDING
     pooled = connector.train(training)(features, windows)
