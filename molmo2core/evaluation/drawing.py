@@ -15,7 +15,7 @@ from molmo2core.annotations import Annotation, Pointing, Tracking
 from molmo2core.evaluation.metrics.matching import TIME_TOLERANCE_SECONDS
 from molmo2core.evaluation.tasks import predicted_points, predicted_tracks
 from molmo2core.examples import ByteArray, Example
-from molmo2core.preprocessing.image import decode_image
+from molmo2core.image_decoding import decode_image
 from molmo2core.preprocessing.video import decode_frames
 
 TRUE_COLOUR = (0, 160, 60)

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import av
-from PIL import Image, ImageOps
 
 from molmo2core.annotations import MediaKind
+from molmo2core.errors import DataError
+from molmo2core.image_decoding import MAX_PIXELS, TooManyPixels, decode_image
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-MAX_PIXELS = 89_000_000
-"""Pixels of one image or frame at most; Pillow takes little more for a decompression bomb and warns."""
 _TAIL_SECONDS = 2.0
 _MISSING_TAIL_SECONDS = 0.5
 """A video whose last frame ends earlier than this before its stated end has lost data."""
@@ -46,19 +45,17 @@ def measure_file(content: bytes, kind: MediaKind) -> FileFacts:
         return FileFacts(fault="empty_file", details="the file has no bytes")
     try:
         return _video_facts(content) if kind == "video" else _image_facts(content)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return FileFacts(fault="oversized_file", details=str(error))
-    except (OSError, ValueError, SyntaxError, EOFError, av.FFmpegError) as error:  # SyntaxError: Pillow on bad PNG
+    except TooManyPixels as error:
+        return FileFacts(fault="oversized_file", details=f"{error.found}, more than {MAX_PIXELS}")
+    except DataError as error:
+        return FileFacts(fault="broken_file", details=f"cannot be decoded: {error.found}")
+    except (OSError, ValueError, EOFError, av.FFmpegError) as error:
         return FileFacts(fault="broken_file", details=f"cannot be decoded: {error}")
 
 
 def _image_facts(content: bytes) -> FileFacts:
-    with Image.open(io.BytesIO(content)) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            return _oversized(width, height)
-        image.load()  # the header of a truncated file is fine; only decoding it whole finds out
-        return FileFacts(size=ImageOps.exif_transpose(image).size)
+    height, width, _ = decode_image(content).shape  # whole, as the loader does: of a truncated file the header is fine
+    return FileFacts(size=(width, height))
 
 
 def _video_facts(content: bytes) -> FileFacts:

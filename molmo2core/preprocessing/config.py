@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from molmo2core.annotations import MediaKind
 
 Style = Literal["style_and_length_v2", "demo_or_style_v2"]
 """Text prefix of the first user turn: stage 1, and stages 2-3 with inference (model.md 6.4)."""
+
+ThinImages = Literal["as_trained", "as_released_processors"]
+"""How an image with a side not longer than the crops' margins is tiled (model.md 4.1 step 2).
+
+`as_trained`: the side counts as one pixel, so that the other one decides.  `as_released_processors`: the subtraction
+gives what it gives, and a zero or negative size mostly ends in a single crop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +60,26 @@ class VisualGeometry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HighRes:
+    """Training sees some images of some datasets in more crops, as inference does (model.md 4.4)."""
+
+    datasets: tuple[str, ...] = ()
+    """Whose single images: the image pointing datasets.  Image sets never."""
+    probability: float = 0.3
+    """Drawn anew each time an example is drawn."""
+    max_crops: int = 24
+    """High-resolution crops then."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreprocessingConfig:
     """How an example becomes tokens in one training stage or evaluation.  Defaults: stage 2 as described."""
 
     max_crops: int = 8
     """High-resolution crops of an image, the low-resolution view not counted."""
+    max_set_crops: int = 8
+    """The same for each image of a set, where it is less than `max_crops`."""
+    high_res: HighRes = field(default_factory=HighRes)
     max_images: int = 5
     """Images of a set; more is an error at validation, never silently cut."""
     max_frames: int = 128
@@ -66,3 +89,15 @@ class PreprocessingConfig:
     max_subtitle_tokens: int = 1024
     """Subtitle lines are kept whole, in order, up to this many tokens."""
     style: Style = "demo_or_style_v2"
+    thin_images: ThinImages = "as_trained"
+
+    def image_crops(self, kind: MediaKind, *, high_res: bool) -> int:
+        """Most high-resolution crops of one image of a medium of this kind.
+
+        Args:
+            kind: `image` or `images`.
+            high_res: the medium was drawn for high resolution, or may be.
+        """
+        if kind == "images":
+            return min(self.max_crops, self.max_set_crops)
+        return max(self.max_crops, self.high_res.max_crops) if high_res else self.max_crops

@@ -13,7 +13,7 @@ from typing import get_args
 from molmo2core.annotations import Annotation, MediaKind
 from molmo2core.examples import Media
 from molmo2core.preprocessing import chat, templates
-from molmo2core.preprocessing.config import PreprocessingConfig, Style, VisualGeometry
+from molmo2core.preprocessing.config import PreprocessingConfig, Style, ThinImages, VisualGeometry
 from molmo2core.preprocessing.image import choose_tiling, low_res_grid, pooled_grid
 from molmo2core.preprocessing.root import SUBTITLE_HEADER, frame_text, image_text, subtitle_text
 from molmo2core.preprocessing.video import frame_grid, frame_times
@@ -60,14 +60,20 @@ def root_bound(
     subtitle_tokens: int,
     geometry: VisualGeometry,
     config: PreprocessingConfig,
+    *,
+    high_res: bool = False,
 ) -> tuple[int, int]:
-    """Most tokens and crops of a root under the limits of one stage; crops are exact.
+    """Most tokens and crops of a root under the limits of one stage; crops are exact, but for `high_res`.
 
     Args:
         kind: of the medium.
         sizes: displayed (width, height) of each image.
         duration_seconds: of a video.
         subtitle_tokens: from the function of that name.
+        geometry: of crops and pooling.
+        config: limits.
+        high_res: the dataset is one of `config.high_res.datasets`.  Whether an image is seen in more crops is drawn
+            each time it is drawn, after planning; the plan has room for either.
 
     Returns:
         (tokens with BOS, crops).
@@ -76,17 +82,26 @@ def root_bound(
         case "none":
             return _BOS_TOKENS, 0
         case "image" | "images":
-            tilings = [choose_tiling(height, width, geometry, config.max_crops) for width, height in sizes]
-            named = range(1, len(sizes) + 1) if len(sizes) > 1 else []
-            tokens = sum(num_image_tokens(t, geometry) for t in tilings)
-            tokens += sum(len(image_text(number).encode()) for number in named)
-            return _BOS_TOKENS + tokens, sum(1 + rows * columns for rows, columns in tilings)
+            limits = {config.image_crops(kind, high_res=drawn) for drawn in (False, high_res)}
+            bounds = [_images_bound(sizes, limit, geometry, config.thin_images) for limit in limits]
+            return _BOS_TOKENS + max(tokens for tokens, _ in bounds), max(crops for _, crops in bounds)
         case "video":
             times = frame_times(duration_seconds, config.max_frames, config.max_fps)
             rows, columns = frame_grid(geometry)
             texts = sum(len(frame_text(number, time)) for number, time in enumerate(times))
             subtitles = min(subtitle_tokens, config.max_subtitle_tokens)
             return _BOS_TOKENS + len(times) * (rows * columns + 2) + texts + subtitles, len(times)
+
+
+def _images_bound(
+    sizes: Sequence[tuple[int, int]], max_crops: int, geometry: VisualGeometry, thin_images: ThinImages
+) -> tuple[int, int]:
+    """Tokens and crops of images in up to `max_crops` crops each; only the text of their numbers is a bound."""
+    tilings = [choose_tiling(height, width, geometry, max_crops, thin_images) for width, height in sizes]
+    named = range(1, len(sizes) + 1) if len(sizes) > 1 else []
+    tokens = sum(num_image_tokens(tiling, geometry) for tiling in tilings)
+    tokens += sum(len(image_text(number).encode()) for number in named)
+    return tokens, sum(1 + rows * columns for rows, columns in tilings)
 
 
 def num_image_tokens(tiling: tuple[int, int], geometry: VisualGeometry) -> int:

@@ -53,7 +53,7 @@ class Preprocessor:
             annotation = example.annotations[number]
             dialogue = training_dialogue(annotation, self.config.style, generator(*key, "phrasing", number))
             tree_branches.append(encode_dialogue(dialogue, annotation.task, self.tokenizer))
-        root = self._root(example)
+        root = self._root(example, high_res=self._draws_high_res(example, epoch))
         special = self.tokenizer.special
         linear = linearize(
             MessageTree(root_ids=root.ids, branches=tuple(tree_branches)),
@@ -74,13 +74,22 @@ class Preprocessor:
         annotation = example.annotations[annotation_index]
         dialogue = inference_dialogue(annotation, self.config.style)
         branch = encode_dialogue(dialogue, annotation.task, self.tokenizer)
-        root = self._root(example)
+        root = self._root(example, high_res=False)
         special = self.tokenizer.special
         tree = MessageTree(root_ids=root.ids, branches=(branch,))
         return _tokenized(example, root, linearize_prompt(tree, eos=special.eos, visual=special.visual), [branch])
 
-    def _root(self, example: Example) -> Root:
-        return build_root(example, geometry=self.geometry, config=self.config, tokenizer=self.tokenizer)
+    def _draws_high_res(self, example: Example, epoch: int) -> bool:
+        """Whether an image is seen in more crops this time; all parts of a split tree agree."""
+        if example.media.kind != "image" or example.dataset not in self.config.high_res.datasets:
+            return False
+        rng = generator(self.seed, example.dataset, example.uid, epoch, "high resolution")
+        return bool(rng.random() < self.config.high_res.probability)
+
+    def _root(self, example: Example, *, high_res: bool) -> Root:
+        return build_root(
+            example, geometry=self.geometry, config=self.config, tokenizer=self.tokenizer, high_res=high_res
+        )
 
 
 def _tokenized(example: Example, root: Root, linear: LinearTree, branches: Sequence[Branch]) -> TokenizedExample:

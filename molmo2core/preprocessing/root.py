@@ -16,10 +16,10 @@ import numpy as np
 
 from molmo2core.errors import DataError
 from molmo2core.examples import ByteArray, Example, IntArray, Media, Subtitle
+from molmo2core.image_decoding import decode_image
 from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
 from molmo2core.preprocessing.image import (
     choose_tiling,
-    decode_image,
     image_crops,
     image_pooling,
     low_res_grid,
@@ -46,9 +46,21 @@ class Root:
 
 
 def build_root(
-    example: Example, *, geometry: VisualGeometry, config: PreprocessingConfig, tokenizer: TextTokenizer
+    example: Example,
+    *,
+    geometry: VisualGeometry,
+    config: PreprocessingConfig,
+    tokenizer: TextTokenizer,
+    high_res: bool = False,
 ) -> Root:
     """Decode the medium of `example` and lay it out.
+
+    Args:
+        example: its annotations are not looked at.
+        geometry: of crops and pooling.
+        config: limits.
+        tokenizer: for numbers, times and subtitles.
+        high_res: a single image is cut into up to `config.high_res.max_crops` crops.
 
     Raises:
         DataError: the medium does not decode, or an image set is larger than `config.max_images`.
@@ -58,18 +70,20 @@ def build_root(
         case "none":
             return _joined([], [], [], geometry, tokenizer)
         case "image" | "images":
-            return _image_root(where, media, geometry, config, tokenizer)
+            return _image_root(where, media, geometry, config, tokenizer, high_res)
         case "video":
             return _video_root(where, media, geometry, config, tokenizer)
 
 
 def image_ids(tiling: tuple[int, int], geometry: VisualGeometry, special: SpecialTokens) -> IntArray:
     """Token ids of one image; no column tokens in the low-resolution view."""
-    low_rows, low_columns = low_res_grid(geometry)
-    rows, columns = pooled_grid(tiling, geometry)
-    low = [special.low_res_im_start, *[special.im_patch] * (low_rows * low_columns), special.im_end]
-    line = [*[special.im_patch] * columns, special.im_col]
-    return np.array([*low, special.im_start, *line * rows, special.im_end], np.int32)
+    (low_rows, low_columns), (rows, columns) = low_res_grid(geometry), pooled_grid(tiling, geometry)
+    low = np.full(low_rows * low_columns + 2, special.im_patch, np.int32)
+    low[0], low[-1] = special.low_res_im_start, special.im_end
+    lines = np.full((rows, columns + 1), special.im_patch, np.int32)
+    lines[:, -1] = special.im_col
+    start, end = np.array([special.im_start], np.int32), np.array([special.im_end], np.int32)
+    return np.concatenate([low, start, lines.reshape(-1), end])
 
 
 def frame_ids(number: int, time: float, geometry: VisualGeometry, tokenizer: TextTokenizer) -> IntArray:
@@ -114,16 +128,22 @@ def subtitle_ids(
 
 
 def _image_root(
-    where: str, media: Media, geometry: VisualGeometry, config: PreprocessingConfig, tokenizer: TextTokenizer
+    where: str,
+    media: Media,
+    geometry: VisualGeometry,
+    config: PreprocessingConfig,
+    tokenizer: TextTokenizer,
+    high_res: bool,
 ) -> Root:
     if not media.files:
         raise DataError(where, found="no image", expected="at least one")
     if len(media.files) > config.max_images:
         raise DataError(where, found=f"{len(media.files)} images", expected=f"at most {config.max_images}")
+    max_crops = config.image_crops(media.kind, high_res=high_res)
     ids, crops, pooling = [], [], []
     for number, data in enumerate(media.files, 1):
         pixels = decode_image(data, f"{where} image {number}")
-        tiling = choose_tiling(pixels.shape[0], pixels.shape[1], geometry, config.max_crops)
+        tiling = choose_tiling(pixels.shape[0], pixels.shape[1], geometry, max_crops, config.thin_images)
         if len(media.files) > 1:
             ids.append(np.array(tokenizer.encode_text(image_text(number)), np.int32))
         ids.append(image_ids(tiling, geometry, tokenizer.special))
@@ -156,8 +176,9 @@ def _joined(
     for part, index in zip(crops, pooling, strict=True):
         shifted.append(np.where(index >= 0, index + first_patch, index).astype(np.int32))
         first_patch += len(part) * geometry.num_patches
+    no_crops = np.zeros((0, geometry.num_patches, geometry.patch_bytes), np.uint8)
     return Root(
         ids=np.concatenate([np.array([tokenizer.special.bos], np.int32), *ids]),
-        crops=np.concatenate([np.zeros((0, geometry.num_patches, geometry.patch_bytes), np.uint8), *crops]),
+        crops=crops[0] if len(crops) == 1 else np.concatenate([no_crops, *crops]),
         pooling=np.concatenate([np.zeros((0, geometry.max_pool), np.int32), *shifted]),
     )

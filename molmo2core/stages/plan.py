@@ -87,7 +87,13 @@ def dataset_lengths(ref: ShardsRef, proportion: float, section: PlanSection) -> 
     table = _train_table(ref)
     bound = functools.cache(
         lambda row: root_bound(
-            row.kind, row.sizes, row.duration_seconds, row.subtitle_tokens, section.geometry, section.preprocessing
+            row.kind,
+            row.sizes,
+            row.duration_seconds,
+            row.subtitle_tokens,
+            section.geometry,
+            section.preprocessing,
+            high_res=ref.dataset in section.preprocessing.high_res.datasets,
         )
     )
     # uid and branches blanked, so that samples with equal media share one computation

@@ -135,7 +135,7 @@ def bad_rows(corpus: Path, folder: Path) -> dict[str, tuple[str, Row | bytes, st
         "zero-byte video": ("empty_file", file(video, "zero.mp4"), "no bytes"),
         "truncated jpeg": ("broken_file", file(image, "cut.jpg"), "truncated"),
         "truncated mp4": ("broken_file", file(video, "cut.mp4"), "truncated"),
-        "web page": ("broken_file", file(image, "page.jpg"), "cannot identify image"),
+        "web page": ("broken_file", file(image, "page.jpg"), "a web page"),
         "still": ("broken_file", file(video, "still.mp4"), "still picture"),
         "bomb": ("oversized_file", file(image, "bomb.png"), "10000 x 8999"),
         "blank": ("empty_text", asked(question="  "), "annotations[0].question"),
