@@ -1,84 +1,134 @@
 """Checkpoints by hand.
 
-    python -m molmo2core.checkpoints import SOURCE --output FOLDER              released format -> our weights
-    python -m molmo2core.checkpoints export FOLDER --tokenizer T --output OUT   our weights -> released format
-    python -m molmo2core.checkpoints verify OUT --weights FOLDER                compare with transformers' Molmo2
+    import SOURCE --output WEIGHTS                               a whole Molmo2 -> weights of this project
+    import --size 4b --decoder D --vision-encoder V --output W   base models -> weights to start stage 1 from
+    export WEIGHTS --tokenizer T --output FOLDER                 weights -> Hugging Face folder, verified
+    verify FOLDER --weights WEIGHTS                              compare with transformers' own Molmo2 once more
 
-SOURCE, FOLDER and T are folders or `s3://` addresses, SOURCE and T also `hf://organisation/name[@revision]`.  `export`
-verifies what it wrote and leaves nothing behind when transformers disagrees.
+An address is a folder or `s3://bucket/folder`; SOURCE, D, V and T may also be `hf://organisation/name[@revision]`.
+SOURCE may be in the released layout or in transformers' own.  An output appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from molmo2core import storage
-from molmo2core.checkpoints.config import ExportConfig
-from molmo2core.errors import exit_with_message
+from molmo2core.checkpoints.config import ExportConfig, InitialWeights
+from molmo2core.errors import DataError, RecipeError, exit_with_message
+from molmo2core.model.config import Size, named_config
+
+if TYPE_CHECKING:
+    from molmo2core.checkpoints.verify import Verification
+    from molmo2core.model.molmo2 import Molmo2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code says who can mend a failure (errors.py)."""
+    started = time.monotonic()
     try:
         options = _parser().parse_args(arguments)
         _COMMANDS[options.command](options)
     except Exception as error:
         return exit_with_message(error)
+    print(f"done in {time.monotonic() - started:.1f} s")
     return 0
 
 
 def _import(options: argparse.Namespace) -> None:
-    from molmo2core.checkpoints.fetch import WEIGHT_FILES, fetched_folder
-    from molmo2core.checkpoints.import_hf import import_released
     from molmo2core.checkpoints.reference import save_weights
+    from molmo2core.checkpoints.weight_files import to_stderr
 
-    with fetched_folder(options.source, ".", WEIGHT_FILES) as source:
-        model = import_released(source)
+    _check_new(options.output)
+    model = _imported(options)
 
-        def fill(folder: Path) -> dict[str, Any]:
-            save_weights(folder, model, model.config)
-            return {"imported_from": options.source}
+    def fill(folder: Path) -> dict[str, Any]:
+        save_weights(folder, model, model.config, to_stderr)
+        names = ("source", "size", "decoder", "vision_encoder", "seed")
+        return {"imported_from": {name: getattr(options, name) for name in names}}
 
-        storage.commit_folder(options.output, fill)
-    print(f"imported {options.source} into {options.output}")
+    storage.commit_folder(options.output, fill)
+    print(f"{options.output}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, float32")
+
+
+def _imported(options: argparse.Namespace) -> Molmo2:
+    from molmo2core.checkpoints.fetch import WEIGHT_FILES, fetched_folder
+    from molmo2core.checkpoints.import_hf import import_released, initial_model
+    from molmo2core.checkpoints.weight_files import to_stderr
+
+    base = options.decoder or options.vision_encoder
+    if not (options.source or base) or (base and not options.size):
+        raise RecipeError(
+            "import",
+            found="neither SOURCE nor a base model" if not base else "a base model without --size",
+            expected="SOURCE, or --size with --decoder and --vision-encoder",
+            mend="see python -m molmo2core.checkpoints import --help",
+        )
+    if not options.size:
+        with fetched_folder(options.source, ".", WEIGHT_FILES) as folder:
+            return import_released(folder, to_stderr)
+    weights = InitialWeights(molmo2=options.source, decoder=options.decoder, vision_encoder=options.vision_encoder)
+    return initial_model(named_config(options.size), weights, seed=options.seed, workspace=".", progress=to_stderr)
 
 
 def _export(options: argparse.Namespace) -> None:
-    from molmo2core.checkpoints.export_hf import Lineage, export_model
+    from molmo2core.checkpoints.export_hf import export_model
     from molmo2core.checkpoints.fetch import TOKENIZER_FILES, fetched_folder
+    from molmo2core.checkpoints.model_card import Lineage
     from molmo2core.checkpoints.reference import load_weights
     from molmo2core.checkpoints.verify import verify_export
+    from molmo2core.checkpoints.weight_files import to_stderr
     from molmo2core.preprocessing.config import PreprocessingConfig
 
+    _check_new(options.output)
     export, preprocessing = ExportConfig(dtype=options.dtype), PreprocessingConfig()
+    verified: list[Verification] = []
     with (
         fetched_folder(options.weights, ".", ()) as weights,
         fetched_folder(options.tokenizer, ".", TOKENIZER_FILES) as tokenizer,
     ):
-        model = load_weights(weights)
 
         def fill(folder: Path) -> dict[str, Any]:
-            export_model(folder, model, tokenizer, export=export, preprocessing=preprocessing, lineage=Lineage())
-            found = verify_export(folder, model, tolerance=export.logit_tolerance)
-            return {"logit_difference": found.worst}
+            model = load_weights(weights, to_stderr)
+            export_model(
+                folder, model, tokenizer, export=export, preprocessing=preprocessing, lineage=Lineage(),
+                progress=to_stderr,
+            )  # fmt: skip
+            del model
+            verified.append(verify_export(folder, weights, tolerance=export.logit_tolerance, progress=to_stderr))
+            return {"logit_difference": verified[0].worst}
 
-        committed = storage.commit_folder(options.output, fill)
-    print(f"exported {options.output}; logits differ by {committed.meta['logit_difference']:.2g} of the largest")
+        storage.commit_folder(options.output, fill)
+    _print_verification(options.output, verified[0])
 
 
 def _verify(options: argparse.Namespace) -> None:
     from molmo2core.checkpoints.fetch import fetched_folder
-    from molmo2core.checkpoints.reference import load_weights
     from molmo2core.checkpoints.verify import verify_export
+    from molmo2core.checkpoints.weight_files import to_stderr
 
+    tolerance = ExportConfig().logit_tolerance
     with fetched_folder(options.exported, ".", ()) as exported, fetched_folder(options.weights, ".", ()) as weights:
-        found = verify_export(exported, load_weights(weights), tolerance=ExportConfig().logit_tolerance)
+        _print_verification(options.exported, verify_export(exported, weights, tolerance=tolerance, progress=to_stderr))
+
+
+def _print_verification(where: str, found: Verification) -> None:
+    print(f"{where}: transformers' own Molmo2 agrees, all logits of {len(found.max_difference)} probes in float32")
     for probe, difference in found.max_difference.items():
-        print(f"{probe}: logits differ by at most {difference:.2g} of the largest ({found.max_logit:.3g})")
+        print(f"  {probe}: differs by at most {difference:.2g} of the largest logit ({found.max_logit:.3g})")
+    print("  processor: same token ids, visual flags and pooling on an image prompt;", end=" ")
+    print(f"pixels differ by at most {found.max_pixel_difference:.2g} of a byte step")
+
+
+def _check_new(uri: str) -> None:
+    """A committed folder would be reused in silence, though it holds something else."""
+    if storage.list_files(uri):
+        raise DataError(uri, found="files", expected="a new folder", mend="choose another --output, or remove it")
 
 
 _COMMANDS = {"import": _import, "export": _export, "verify": _verify}
@@ -91,16 +141,23 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    from_released = commands.add_parser("import", help="released format -> this project's weights")
-    from_released.add_argument("source")
-    from_released.add_argument("--output", required=True, help="folder to commit")
-    to_released = commands.add_parser("export", help="this project's weights -> released format, verified")
-    to_released.add_argument("weights")
-    to_released.add_argument("--tokenizer", required=True, help="folder with tokenizer.json")
-    to_released.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    to_released.add_argument("--output", required=True, help="folder to commit")
+
+    to_ours = commands.add_parser("import", help="Molmo2 or base models -> this project's weights")
+    to_ours.add_argument("source", nargs="?", default="", help="a whole Molmo2; its own config.json says which")
+    to_ours.add_argument("--size", choices=get_args(Size), help="named size: required with base models, else a check")
+    to_ours.add_argument("--decoder", default="", help="Qwen3 (4b, 8b) or OLMo3 (o-7b)")
+    to_ours.add_argument("--vision-encoder", default="", help="SigLIP2")
+    to_ours.add_argument("--seed", type=int, default=0, help="of what base models leave open (default: 0)")
+    to_ours.add_argument("--output", required=True, help="new folder for the weights")
+
+    to_released = commands.add_parser("export", help="this project's weights -> Hugging Face folder, verified")
+    to_released.add_argument("weights", help="folder that import or a training stage wrote")
+    to_released.add_argument("--tokenizer", required=True, help="folder with tokenizer.json, extra tokens included")
+    to_released.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    to_released.add_argument("--output", required=True, help="new folder")
+
     verify = commands.add_parser("verify", help="compare an export with transformers' own Molmo2")
-    verify.add_argument("exported")
+    verify.add_argument("exported", help="folder that export wrote")
     verify.add_argument("--weights", required=True, help="this project's weights that it was made from")
     return parser
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from molmo2core.checkpoints.chat_template import CHAT_TEMPLATE
-from molmo2core.checkpoints.hf_config import HUB_REPOSITORY
+from molmo2core.checkpoints.hf_config import BILINEAR, HALF, HUB_REPOSITORY, PROCESSOR_FLAGS
 from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
 from molmo2core.special_tokens import EXTRA_TOKENS, TextTokens, load_tokenizer, read_text_tokens
 
-_BILINEAR = 2  # PIL's number
-_HALF = [0.5, 0.5, 0.5]
+_SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt")
+"""What `tokenizer.json` holds once more, for readers of older formats."""
 
 
 def write_processor_files(
@@ -27,20 +27,22 @@ def write_processor_files(
 
     Args:
         folder: destination.
-        tokenizer: folder with `tokenizer.json`.
+        tokenizer: folder with `tokenizer.json`, and perhaps `vocab.json` and `merges.txt`, which are copied.
         geometry: what the weights fix.
         preprocessing: limits that users of the export start with.
 
     Raises:
         DataError: the tokenizer is missing or lacks a special token.
     """
-    load_tokenizer(tokenizer)
+    added = load_tokenizer(tokenizer).backend.get_added_tokens_decoder()
     text = read_text_tokens(tokenizer)
-    shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
+    for file in ("tokenizer.json", *(name for name in _SLOW_TOKENIZER_FILES if (tokenizer / name).is_file())):
+        shutil.copyfile(tokenizer / file, folder / file)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     for name, content in (
         ("tokenizer_config.json", _tokenizer_config(text)),
         ("special_tokens_map.json", _special_tokens_map(text)),
+        ("added_tokens.json", {token.content: number for number, token in added.items()}),
         ("processor_config.json", _processor_config()),
         ("preprocessor_config.json", _image_config(geometry, preprocessing)),
         ("video_preprocessor_config.json", _video_config(geometry, preprocessing)),
@@ -77,11 +79,7 @@ def _processor_config() -> dict[str, Any]:
     return {
         "processor_class": "Molmo2Processor",
         "auto_map": {"AutoProcessor": f"{HUB_REPOSITORY}--processing_molmo2.Molmo2Processor"},
-        "image_use_col_tokens": True,
-        "use_single_crop_col_tokens": False,
-        "use_single_crop_start_token": True,
-        "video_use_col_tokens": False,
-        "use_frame_special_tokens": False,
+        **PROCESSOR_FLAGS,
     }
 
 
@@ -94,13 +92,13 @@ def _image_config(geometry: VisualGeometry, preprocessing: PreprocessingConfig) 
             "AutoImageProcessor": f"{HUB_REPOSITORY}--image_processing_molmo2.Molmo2ImageProcessor",
         },
         "do_convert_rgb": True,
-        "image_mean": _HALF,
-        "image_std": _HALF,
+        "image_mean": HALF,
+        "image_std": HALF,
         "max_crops": preprocessing.max_crops,
         "overlap_margins": list(geometry.overlap_margins),
         "patch_size": geometry.patch_size,
         "pooling_size": list(geometry.image_pooling),
-        "resample": _BILINEAR,
+        "resample": BILINEAR,
         "size": {"height": geometry.crop_size, "width": geometry.crop_size},
     }
 
@@ -119,14 +117,14 @@ def _video_config(geometry: VisualGeometry, preprocessing: PreprocessingConfig) 
         "do_resize": True,
         "do_sample_frames": True,
         "frame_sample_mode": "uniform_last_frame",
-        "image_mean": _HALF,
-        "image_std": _HALF,
+        "image_mean": HALF,
+        "image_std": HALF,
         "max_fps": preprocessing.max_fps,
         "num_frames": preprocessing.max_frames,
         "sampling_fps": 2,
         "patch_size": geometry.patch_size,
         "pooling_size": list(geometry.video_pooling),
-        "resample": _BILINEAR,
+        "resample": BILINEAR,
         "rescale_factor": 1 / 255,
         "return_metadata": False,
         "size": {"height": geometry.crop_size, "width": geometry.crop_size},

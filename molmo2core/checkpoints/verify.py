@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from molmo2core.checkpoints.hf_config import read_json
+from molmo2core.checkpoints.fields import read_json
 from molmo2core.checkpoints.native import load_native, native_logits, our_logits
 from molmo2core.checkpoints.probes import probe_examples, probe_prompts
+from molmo2core.checkpoints.reference import load_weights, read_config
+from molmo2core.checkpoints.weight_files import Progress, silent
 from molmo2core.errors import CheckpointError
 from molmo2core.examples import TokenizedExample
-from molmo2core.model.molmo2 import Molmo2
 from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.special_tokens import CHAT_END, CHAT_START, TextTokenizer, load_tokenizer
+
+Batches = Mapping[str, Sequence[TokenizedExample]]
+"""Prompts that are one call, by name of the probe."""
 
 _MIXED = "image, images and text in one padded batch"
 
@@ -41,24 +43,32 @@ class Verification:
         return max(self.max_difference.values())
 
 
-def verify_export(folder: Path, model: Molmo2, *, tolerance: float) -> Verification:
-    """Compare the exported `folder` with the `model` it was made from.
+def verify_export(folder: Path, weights: Path, *, tolerance: float, progress: Progress = silent) -> Verification:
+    """Compare the exported `folder` with the `weights` it was made from.
 
     Loads the folder with transformers' own classes in float32 on CPU and compares all logits on the probes (text,
     image, several images, video, a padded batch), and its processor's ids, pooling and pixels on an image prompt.
+    One model at a time is in memory, besides all logits of the probes.
 
     Args:
+        weights: folder that `reference.save_weights` wrote.
         tolerance: largest difference of a logit, relative to the largest logit.
 
     Raises:
         CheckpointError: transformers does not load it, or something differs; the message gives both numbers.
     """
-    prompts = probe_prompts(folder, model.config.geometry, _limits(folder))
     tokenizer = load_tokenizer(folder)
-    reference = _as_stored(model, read_json(folder / "config.json")["dtype"])
-    differences, largest = _compare_logits(load_native(folder), reference, prompts, tokenizer.special.pad)
+    prompts = probe_prompts(folder, read_config(weights).geometry, _limits(folder))
+    batches: dict[str, Sequence[TokenizedExample]] = {kind: [prompt] for kind, prompt in prompts.items()}
+    batches[_MIXED] = [prompts["image"], prompts["images"], prompts["text"]]
+    dtype = getattr(torch, read_json(folder / "config.json")["dtype"])
+    progress(f"computing logits of {weights}")
+    ours = _our_logits(weights, dtype, batches, tokenizer.special.pad, progress)
+    progress(f"computing logits of {folder} with transformers")
+    theirs = _their_logits(folder, batches, tokenizer.special.pad)
+    largest = max(float(logits.abs().max()) for logits in ours.values())
     verification = Verification(
-        max_difference={kind: difference / largest for kind, difference in differences.items()},
+        max_difference={kind: float((ours[kind] - theirs[kind]).abs().max()) / largest for kind in batches},
         max_logit=largest,
         max_pixel_difference=_compare_processor(folder, prompts["image"], tokenizer),
     )
@@ -73,37 +83,33 @@ def verify_export(folder: Path, model: Molmo2, *, tolerance: float) -> Verificat
     return verification
 
 
+@torch.inference_mode()
+def _our_logits(
+    weights: Path, dtype: torch.dtype, batches: Batches, pad_id: int, progress: Progress
+) -> dict[str, Tensor]:
+    """By probe, with the rounding that the export's dtype brings."""
+    model = load_weights(weights, progress).eval()
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    return {kind: torch.cat(our_logits(model, batch, pad_id=pad_id)) for kind, batch in batches.items()}
+
+
+@torch.inference_mode()
+def _their_logits(folder: Path, batches: Batches, pad_id: int) -> dict[str, Tensor]:
+    native = load_native(folder)
+    found: dict[str, Tensor] = {}
+    for kind, batch in batches.items():
+        try:
+            found[kind] = torch.cat(native_logits(native, batch, pad_id=pad_id, video=kind == "video"))
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"transformers' Molmo2 on the probe '{kind}'", found=f"it fails: {error}") from error
+    return found
+
+
 def _limits(folder: Path) -> PreprocessingConfig:
     """The limits that the export tells its users' processor."""
     image, video = (read_json(folder / name) for name in ("preprocessor_config.json", "video_preprocessor_config.json"))
     return PreprocessingConfig(max_crops=image["max_crops"], max_frames=video["num_frames"], max_fps=video["max_fps"])
-
-
-def _as_stored(model: Molmo2, dtype: str) -> Molmo2:
-    """`model` with the rounding that the export's dtype brings, in float32."""
-    if dtype == "float32" and all(parameter.dtype == torch.float32 for parameter in model.parameters()):
-        return model.eval()
-    return copy.deepcopy(model).to(getattr(torch, dtype)).float().eval()
-
-
-@torch.inference_mode()
-def _compare_logits(
-    native: Any, model: Molmo2, prompts: Mapping[str, TokenizedExample], pad_id: int
-) -> tuple[dict[str, float], float]:
-    """Largest absolute difference by probe, and the largest absolute logit of all."""
-    batches: dict[str, Sequence[TokenizedExample]] = {kind: [prompt] for kind, prompt in prompts.items()}
-    batches[_MIXED] = [prompts["image"], prompts["images"], prompts["text"]]
-    differences: dict[str, float] = {}
-    largest = 0.0
-    for kind, batch in batches.items():
-        ours = torch.cat(our_logits(model, batch, pad_id=pad_id))
-        try:
-            theirs = torch.cat(native_logits(native, batch, pad_id=pad_id, video=kind == "video"))
-        except (IndexError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"transformers' Molmo2 on the probe '{kind}'", found=f"it fails: {error}") from error
-        differences[kind] = float((ours - theirs).abs().max())
-        largest = max(largest, float(ours.abs().max()))
-    return differences, largest
 
 
 def _compare_processor(folder: Path, prompt: TokenizedExample, tokenizer: TextTokenizer) -> float:

@@ -6,7 +6,7 @@ folder or an `s3://` prefix; every stage writes below it, into folders named by 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from molmo2core.checkpoints.config import ExportConfig, InitialWeights
@@ -85,6 +85,8 @@ class ExportSection:
     export: ExportConfig
     preprocessing: PreprocessingConfig
     """Limits written into the processor files."""
+    initial_weights: InitialWeights = field(default_factory=InitialWeights)
+    """Named on the model card."""
 
 
 @dataclass(frozen=True, kw_only=True)

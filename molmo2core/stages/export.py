@@ -18,7 +18,7 @@ from molmo2core.references import CheckpointRef, ExportRef, ShardsRef, read_refe
 from molmo2core.special_tokens import tokenizer_digest
 from molmo2core.stages.report import StageReport
 
-FORMAT = "export-1"
+FORMAT = "export-2"
 
 
 def run(section: ExportSection, *, checkpoint: Path, output: Path) -> StageReport:
@@ -40,7 +40,7 @@ def run(section: ExportSection, *, checkpoint: Path, output: Path) -> StageRepor
     started = time.monotonic()
     trained = read_reference(checkpoint, CheckpointRef)
     with fetched_folder(section.tokenizer, section.workspace, TOKENIZER_FILES) as tokenizer:
-        lineage = _lineage(trained)
+        lineage = _lineage(section, trained)
         key = storage.content_key(
             FORMAT,
             dataclasses.asdict(section.export),
@@ -77,8 +77,9 @@ def run(section: ExportSection, *, checkpoint: Path, output: Path) -> StageRepor
     return report
 
 
-def _lineage(trained: CheckpointRef) -> dict[str, Any]:
-    """What the model card names; fields of checkpoints.export_hf.Lineage."""
+def _lineage(section: ExportSection, trained: CheckpointRef) -> dict[str, Any]:
+    """What the model card names; fields of checkpoints.model_card.Lineage."""
+    stages = [ref for ref in trained.ancestors() if isinstance(ref, CheckpointRef)]
     datasets = {ref.dataset: ref.digest for ref in trained.ancestors() if isinstance(ref, ShardsRef)}
     return {
         "checkpoint_digest": trained.digest,
@@ -86,6 +87,10 @@ def _lineage(trained: CheckpointRef) -> dict[str, Any]:
         "stage": trained.stage,
         "step": trained.step,
         "datasets": tuple(sorted(datasets.items())),
+        "base_models": tuple((part, uri) for part, uri in dataclasses.asdict(section.initial_weights).items() if uri),
+        "metrics": tuple(
+            (f"{ref.stage}, last loss", ref.facts["last_loss"]) for ref in stages[::-1] if "last_loss" in ref.facts
+        ),
     }
 
 
@@ -93,13 +98,16 @@ def _export(
     folder: Path, section: ExportSection, trained: CheckpointRef, tokenizer: Path, lineage: dict[str, Any]
 ) -> dict[str, Any]:
     """Fill and verify the export's folder; returns the reference's facts."""
-    from molmo2core.checkpoints.export_hf import Lineage, export_model
+    from molmo2core.checkpoints.export_hf import export_model
+    from molmo2core.checkpoints.model_card import Lineage
     from molmo2core.checkpoints.reference import load_weights
     from molmo2core.checkpoints.verify import verify_export
 
     with tempfile.TemporaryDirectory() as cache:
         print("export_checkpoint: reading the weights", flush=True)
-        model = load_weights(storage.fetch_committed(trained.uri, Path(cache)))
+        weights = storage.fetch_committed(trained.uri, Path(cache))
+        model = load_weights(weights)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
         print("export_checkpoint: writing the released format", flush=True)
         export_model(
             folder,
@@ -109,10 +117,11 @@ def _export(
             preprocessing=section.preprocessing,
             lineage=Lineage(**lineage),
         )
+        del model  # the verification holds one model at a time
         print("export_checkpoint: comparing with transformers' own Molmo2", flush=True)
-        verification = verify_export(folder, model, tolerance=section.export.logit_tolerance)
+        verification = verify_export(folder, weights, tolerance=section.export.logit_tolerance)
     return {
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_parameters": num_parameters,
         "logit_difference": verification.worst,
         "largest_logit": verification.max_logit,
     }

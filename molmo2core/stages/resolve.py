@@ -61,6 +61,7 @@ def cut_sections(recipe: Recipe) -> dict[str, str]:
             tokenizer=tokenizer,
             export=recipe.export,
             preprocessing=recipe.evaluate.preprocessing,
+            initial_weights=recipe.model.initialize_from,
         ),
         "evaluate": EvaluateSection(workspace=workspace, evaluation=recipe.evaluate),
         "register": RegisterSection(

@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from molmo2core import storage
 from molmo2core.annotations import Annotation, Caption, QuestionAnswer
 from molmo2core.checkpoints.config import ExportConfig
-from molmo2core.checkpoints.export_hf import Lineage, export_model
+from molmo2core.checkpoints.export_hf import export_model
+from molmo2core.checkpoints.model_card import Lineage
 from molmo2core.errors import DataError, RecipeError
 from molmo2core.evaluation.config import EvaluationConfig, GateRule
 from molmo2core.evaluation.inference import InferenceModel, blanked, load_inference_model

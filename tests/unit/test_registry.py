@@ -16,7 +16,8 @@ from PIL import Image
 
 from molmo2core import storage
 from molmo2core.checkpoints.config import ExportConfig
-from molmo2core.checkpoints.export_hf import Lineage, export_model
+from molmo2core.checkpoints.export_hf import export_model
+from molmo2core.checkpoints.model_card import Lineage
 from molmo2core.errors import CheckpointError, DataError
 from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.recipe.sections import RegisterSection
