@@ -1,9 +1,10 @@
 """Every backend against the one definition of the mask, message_tree/attention_rule.py, on random packs.
 
-On a CPU FlexAttention runs uncompiled, which evaluates the rule for all pairs and ignores the blocks, so the blocks are
-tested apart; flash-attn does not run at all, so its bounds are tested with an attention of our own.  tests/gpu runs
-both for real.  Tolerances: float64 is compared at 1e-12 (300 packs: values differ by at most 2.4e-15, gradients by
-1.1e-14), FlexAttention in float32 at 1e-5 (100 packs: equal).
+On a CPU, FlexAttention of torch 2.7 runs uncompiled, which evaluates the rule for all pairs and ignores the blocks, so
+the blocks are tested apart, and the compiled kernel under newer torch (`make test-torch`).  flash-attn does not run at
+all, so its bounds are tested with an attention of our own.  tests/gpu runs both for real.  Tolerances: float64 is
+compared at 1e-12 (300 packs: values differ by at most 2.4e-15, gradients by 1.1e-14), FlexAttention in float32 at 1e-5
+(100 packs: equal; compiled by torch 2.11 and 2.15: 5e-7).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from molmo2core.errors import RecipeError
@@ -82,6 +84,21 @@ def test_flex_values(packs: list[AttentionMask]) -> None:
     real = (mask.subsegment_ids != PADDING)[..., None, None]
     difference = (attend(query, key, value, mask, "flex") - by_the_rule(query, key, value, mask)) * real
     assert difference.abs().max() <= 1e-5
+
+
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.11", reason="torch 2.7 generates C++ for this that does not compile"
+)
+@torch.no_grad()
+def test_compiled_flex_values() -> None:
+    """The kernel that walks the lists of blocks, on a CPU, where newer torch can (`make test-torch`)."""
+    for seed in range(8):
+        mask = random_pack(np.random.default_rng(seed), max_tokens=700)
+        inputs = tensors(*mask.subsegment_ids.shape, torch.float32)
+        query, key, value = (x.transpose(1, 2) for x in inputs)
+        found = attention_flex._compiled()(query, key, value, block_mask=mask.block_mask, enable_gqa=True)
+        real = (mask.subsegment_ids != PADDING)[..., None, None]
+        assert ((found.transpose(1, 2) - by_the_rule(*inputs, mask)) * real).abs().max() <= 1e-5
 
 
 @settings(max_examples=100, deadline=None)
