@@ -13,11 +13,16 @@ EXTRAS := data train eval pipeline dev
 RECIPE ?= workflows/recipes/tiny.yaml
 RECIPES = $(wildcard workflows/recipes/*.yaml)
 TESTS ?= tests
+# Tests that need the model alone, what they need besides torch, and the torch versions that test-torch runs them on.
+MODEL_TESTS := $(addprefix tests/,unit/test_model_goldens.py unit/test_generate.py property/test_attention_backends.py \
+    property/test_packs_equal_examples.py property/test_sampling.py)
+MODEL_NEEDS := numpy|tokenizers|scipy|hypothesis|pytest|pytest-timeout
+TORCH ?= 2.6.0 2.11.0 2.15.0
 
-.PHONY: help setup dry-run test check bench compile clean lock
+.PHONY: help setup dry-run test test-torch check bench compile clean lock
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  RECIPE=FILE chooses what dry-run trains, TESTS=PATH what test runs."
 
@@ -49,6 +54,17 @@ dry-run: setup ## train, evaluate and register a tiny Molmo2 here, in a local pi
 
 test: setup ## all tests
 	@$(PYTHON) -m pytest $(TESTS)
+
+test-torch: setup ## the model's tests on the torch versions of TORCH="2.6.0 ...", each in an environment that is thrown away
+	@for version in $(TORCH); do \
+	    folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	    $(PYTHON) -m uv venv --quiet --python $(PYTHON) "$$folder/venv"; \
+	    grep -E '^($(MODEL_NEEDS))==' requirements.lock >"$$folder/needs.txt"; \
+	    $(PYTHON) -m uv pip install --quiet --python "$$folder/venv/bin/python" "torch==$$version" -r "$$folder/needs.txt"; \
+	    echo "test-torch: torch $$version"; \
+	    "$$folder/venv/bin/python" -m pytest --quiet -p no:cacheprovider $(MODEL_TESTS); \
+	    rm -rf "$$folder"; \
+	done
 
 check: setup ## lint, format, types, import contract, containerfiles, Kubernetes manifests, tracked files
 	$(VENV)/bin/ruff check .

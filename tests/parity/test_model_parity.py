@@ -33,6 +33,7 @@ from molmo2core.checkpoints.hf_config import released_config
 from molmo2core.checkpoints.hf_mapping import to_released
 from molmo2core.checkpoints.native import native_inputs, native_logits, our_logits
 from molmo2core.examples import ROOT, TokenizedExample
+from molmo2core.model.attention_sdpa import SHORT
 from molmo2core.model.config import ModelConfig, Size, named_config
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.model.rope import inverse_frequencies
@@ -102,7 +103,12 @@ def mixed_windows(config: ModelConfig) -> list[TokenizedExample]:
     return [random_prompt(config, seed=8, images=2, frames=2), random_prompt(config, seed=9, frames=1)]
 
 
-INPUTS = (text, image, several_images, video, padded_batch, mixed_windows)
+def long_document(config: ModelConfig) -> list[TokenizedExample]:
+    """Longer than what attention_sdpa computes at once."""
+    return [random_prompt(config, seed=10, images=3, words=SHORT)]
+
+
+INPUTS = (text, image, several_images, video, padded_batch, mixed_windows, long_document)
 
 
 def largest(tensors: list[Tensor]) -> float:

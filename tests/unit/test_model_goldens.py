@@ -22,6 +22,7 @@ from molmo2core.checkpoints.native import our_logits
 from molmo2core.errors import DataError
 from molmo2core.examples import DOCUMENT, PADDING, PackedExample
 from molmo2core.message_tree.attention_rule import allowed
+from molmo2core.model.__main__ import num_values
 from molmo2core.model.config import ModelConfig, Size, YarnConfig, named_config
 from molmo2core.model.connector import Connector
 from molmo2core.model.decoder import RMSNorm
@@ -89,6 +90,22 @@ def test_what_the_model_does_not_have(size: Size) -> None:
     }
     assert not [name for name in names if name.startswith("decoder") and name.endswith("bias")]
     assert model.decoder.head_weight.shape == (config.decoder.vocab_size, config.decoder.width)
+
+
+@pytest.mark.parametrize(
+    ("size", "connector", "decoder", "stored"),
+    [
+        ("4b", 56_611_328, 4_411_751_936, 4_850_869_200),
+        ("8b", 87_937_536, 8_191_259_648, 8_661_703_120),
+        ("o-7b", 79_745_536, 7_298_535_424, 7_760_786_896),
+    ],
+)
+def test_values_of_each_part(size: Size, connector: int, decoder: int, stored: int) -> None:
+    """model.md 1.5, which counts the head of the tied 4B as it is stored.  Would catch a wrong width that another
+    part makes up for."""
+    counts = num_values(named_config(size))
+    assert (counts["vision_encoder"], counts["connector"], counts["stored"]) == (382_505_936, connector, stored)
+    assert counts["decoder"] + counts["stored"] - counts["total"] == decoder
 
 
 # 1.2: YaRN
