@@ -29,8 +29,8 @@ def correction_range(head_dim: int, theta: float, yarn: YarnConfig) -> tuple[flo
 def inverse_frequencies(head_dim: int, theta: float, yarn: YarnConfig | None = None) -> Tensor:
     """Rotation per position of each of the h/2 pairs, float32 [h/2]; blended between the two ends under YaRN.
 
-    In float32 from the start, as the released models were trained and as transformers computes it: rounding float64
-    once instead is nearer to the formula, and turns a pair by up to 0.004 rad elsewhere at position 36,864.
+    In float32 from the start, as transformers computes it (DECISIONS D14): float64 rounded once is nearer to the
+    formula, but at position 36,864 it turns a pair by up to 0.004 rad elsewhere.
     """
     plain = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if yarn is None:
