@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 MediaKind = Literal["none", "image", "images", "video"]
+CaptionKind = Literal["long", "short", "transcript", "merged", "motion", "object"]
+CountForm = Literal["point_then_count", "count_then_point", "count"]
+TrackForm = Literal["track", "ground", "single_point"]
+
+_GRID_TOLERANCE_SECONDS = 0.01
 
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 """How pydantic parses these classes (manifest/schema.py): no unknown key, no silent conversion."""
@@ -22,7 +27,8 @@ class Turn:
 
     __pydantic_config__ = STRICT
 
-    role: Literal["user", "assistant"]
+    role: Literal["system", "user", "assistant"]
+    """A system text is one line and comes first; the model reads it in front of the first user text."""
     text: str
 
 
@@ -70,12 +76,19 @@ class Track:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caption:
-    """A description of the whole medium."""
+    """A description of the whole medium, or of a part of a video."""
 
     __pydantic_config__ = STRICT
 
     task: Literal["image_caption", "video_caption"]
     text: str
+    kind: CaptionKind = "long"
+    """`transcript`: as spoken.  For videos only: `merged` (of clip captions), `motion`, `object` (what `label` does)."""
+    label: str = ""
+    """The object of kind `object`."""
+    start: float | None = None
+    """Seconds: the text is about the part from `start` to `end`; without `end`, about the frame at `start`."""
+    end: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +103,10 @@ class QuestionAnswer:
     options: tuple[str, ...] = ()
     category: str = ""
     """Free label by which evaluation breaks results down (`colour`, `count`, ...)."""
+    explanation: str = ""
+    """Reasoning that the model gives before the answer."""
+    style: str = ""
+    """Name under which the released models know this kind of answer (`chart_qa`, `user_qa`, ...); empty: the task's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,14 +115,36 @@ class Pointing:
 
     __pydantic_config__ = STRICT
 
-    task: Literal["image_pointing", "image_counting", "multi_image_pointing", "video_pointing"]
+    task: Literal[
+        "image_pointing",
+        "image_counting",
+        "multi_image_pointing",
+        "multi_image_counting",
+        "video_pointing",
+        "video_counting",
+    ]
     label: str
     points: tuple[Point, ...] = ()
+    question: str = ""
+    """Asked word for word in place of a phrasing of ours."""
+    count_form: CountForm = "point_then_count"
+    """Of `*_counting`: points and then their number, the other way round, or the number alone."""
+    count: int | None = None
+    """The number, where only it is known (form `count`); otherwise the number of points."""
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return len(self.points) if self.count is None else self.count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tracking:
-    """Objects that `label` describes, followed at `sampling_fps` positions per second."""
+    """Objects that `label` describes, followed at `sampling_fps` positions per second.
+
+    `form`: all of them at every time; where each is first and last seen (`ground`); or one, shown at one time, at
+    every later time (`single_point`).
+    """
 
     __pydantic_config__ = STRICT
 
@@ -113,16 +152,22 @@ class Tracking:
     label: str
     sampling_fps: float
     tracks: tuple[Track, ...] = ()
+    form: TrackForm = "track"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Free turns, user first, roles alternating, assistant last."""
+    """Free turns: perhaps a system text, then user and assistant alternating, assistant last."""
 
     __pydantic_config__ = STRICT
 
     task: Literal["text"]
     turns: tuple[Turn, ...]
+
+
+def on_sampling_grid(time: float, sampling_fps: float) -> bool:
+    """Whether `time` is a multiple of 1 / `sampling_fps` seconds, to within 0.01 s (data.md 6.5)."""
+    return abs(time - round(time * sampling_fps) / sampling_fps) <= _GRID_TOLERANCE_SECONDS
 
 
 Annotation = Caption | QuestionAnswer | Pointing | Tracking | Conversation
@@ -137,7 +182,9 @@ MEDIA_OF_TASK: dict[str, tuple[MediaKind, ...]] = {
     "image_pointing": ("image",),
     "image_counting": ("image",),
     "multi_image_pointing": ("images",),
+    "multi_image_counting": ("images",),
     "video_pointing": ("video",),
+    "video_counting": ("video",),
     "tracking": ("video",),
     "text": ("none",),
 }
@@ -152,7 +199,9 @@ WEIGHT_FAMILY_OF_TASK: dict[str, WeightFamily] = {
     "image_pointing": "pointing",
     "image_counting": "pointing",
     "multi_image_pointing": "pointing",
+    "multi_image_counting": "pointing",
     "video_pointing": "pointing",
+    "video_counting": "pointing",
     "tracking": "pointing",
     "image_qa": "other",
     "multi_image_qa": "other",

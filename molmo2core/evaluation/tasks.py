@@ -6,7 +6,7 @@
 | Conversation | word_f1 and accuracy of the last reply |
 | QuestionAnswer | accuracy: the right option, or exact match after normalisation |
 | Pointing | precision, recall, f1 |
-| ... of image_counting | also accuracy (number stated) and points_accuracy (number of points) |
+| ... of counting | also accuracy (number stated) and points_accuracy (number of points); a number alone: accuracy |
 | Tracking | precision, recall, f1, detection, association, hota |
 
 Metrics are means over examples, named `<task>/<measure>` and, for categories of questions,
@@ -39,6 +39,7 @@ from molmo2core.evaluation.metrics.qa import matches_exactly, select_option, wor
 from molmo2core.evaluation.metrics.tracking import score_tracks
 from molmo2core.preprocessing.chat import reply_of
 from molmo2core.preprocessing.points import parse_points, parse_tracks
+from molmo2core.preprocessing.tracking import answered_tracks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def category_of(annotation: Annotation) -> str:
 
 def predicted_points(answer: str, annotation: Pointing) -> tuple[Point, ...]:
     """The points of an answer, with image number or time as `annotation`'s task has it."""
-    if annotation.task == "video_pointing":
+    if annotation.task.startswith("video_"):
         return tuple(Point(x=point.x, y=point.y, time=point.index) for point in parse_points(answer))
     return tuple(Point(x=point.x, y=point.y, image=int(point.index)) for point in parse_points(answer))
 
@@ -132,10 +133,14 @@ def _question_score(annotation: QuestionAnswer, answer: str) -> Score:
 
 def _pointing_score(annotation: Pointing, answer: str, sizes: Sequence[tuple[int, int]]) -> Score:
     points, stated = predicted_points(answer, annotation), stated_count(answer)
+    is_counted = annotation.task.endswith("counting")
+    accuracy = {"accuracy": float(stated == annotation.number)}
+    if is_counted and annotation.count_form == "count":
+        return Score(task=annotation.task, category="", measures=accuracy, parse_failed=stated is None)
     failed = not points and stated != 0
     measures = _unless(failed, dataclasses.asdict(score_points(points, annotation.points, sizes)))
-    if annotation.task == "image_counting":
-        measures["accuracy"] = float(stated == len(annotation.points))
+    if is_counted:
+        measures |= accuracy
         measures["points_accuracy"] = float(len(points) == len(annotation.points) and not failed)
         failed = stated is None
     return Score(task=annotation.task, category="", measures=measures, parse_failed=failed)
@@ -144,7 +149,7 @@ def _pointing_score(annotation: Pointing, answer: str, sizes: Sequence[tuple[int
 def _tracking_score(annotation: Tracking, answer: str, size: tuple[int, int]) -> Score:
     tracks = predicted_tracks(answer)
     failed = not tracks and not says_none(answer)
-    measures = _unless(failed, dataclasses.asdict(score_tracks(tracks, annotation.tracks, size)))
+    measures = _unless(failed, dataclasses.asdict(score_tracks(tracks, answered_tracks(annotation), size)))
     return Score(task=annotation.task, category="", measures=measures, parse_failed=failed)
 
 

@@ -6,6 +6,7 @@ A rule's name appears in the quarantine, in the Data Docs and in the table of do
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from molmo2core.annotations import (
     Pointing,
     QuestionAnswer,
     Tracking,
+    on_sampling_grid,
 )
 from molmo2core.manifest.measure import FileFacts
 from molmo2core.manifest.schema import ParsedRow, Problem, shown
@@ -31,7 +33,7 @@ RULES: dict[str, str] = {
     "unknown_key": "every key is known",
     "missing_key": "every key that has no default is there",
     "wrong_value": "values have the right type; `split`, `kind` and `role` one of their words",
-    "unknown_task": "the task is one of the twelve",
+    "unknown_task": "the task is one of the fourteen",
     "duplicate_id": "ids are unique in a dataset; the first row keeps its id",
     "no_annotations": "there is at least one annotation",
     "task_of_medium": "the task fits the kind of medium",
@@ -45,6 +47,9 @@ RULES: dict[str, str] = {
     "empty_text": "ids, texts, questions, answers, options and labels are not blank",
     "special_token": "no text contains a special token of the tokenizer",
     "options": "options are two or more, all different, and the answer is one of them",
+    "style": "a style is lower-case letters, digits and underscores",
+    "caption_part": "`start`, `end` and the kinds `merged`, `motion`, `object` belong to videos, `label` to `object`",
+    "count": "a count is not negative and the number of points, if there are some; it stands with form `count`",
     "turn_order": "a conversation starts with the user, alternates and ends with the assistant",
     "point_outside": "0 <= x, y <= 1: fractions of the displayed width and height",
     "radius": "0 < radius <= 1",
@@ -54,6 +59,8 @@ RULES: dict[str, str] = {
     "track_order": "a track has positions, in ascending time, at most one per time",
     "object_ids": "object ids of one annotation are different and not negative",
     "sampling_fps": "sampling_fps is above 0",
+    "sampling_grid": "objects that are seen at all are seen at a multiple of 1 / sampling_fps",
+    "single_point": "form `single_point` has one track, seen at least once",
     "subtitles": "subtitles belong to a video, end after they start; `subtitle_qa` has some",
     "license": "the licence is one that the recipe allows",
     "generator": "no text was written by a model that the recipe forbids",
@@ -150,14 +157,66 @@ def _options(checked: CheckedRow) -> Iterator[Problem]:
             yield Problem(rule="options", place=f"{place}.answer", found=shown(annotation.answer), expected=expected)
 
 
+def _styles(checked: CheckedRow) -> Iterator[Problem]:
+    for number, annotation in enumerate(checked.row.annotations):
+        style = annotation.style if isinstance(annotation, QuestionAnswer) else ""
+        if style and not _STYLE.fullmatch(style):
+            place, expected = f"annotations[{number}].style", "e.g. chart_qa"
+            yield Problem(rule="style", place=place, found=shown(style), expected=expected)
+
+
+def _captions(checked: CheckedRow) -> Iterator[Problem]:
+    for number, annotation in enumerate(checked.row.annotations):
+        if not isinstance(annotation, Caption):
+            continue
+        place, start, end = f"annotations[{number}]", annotation.start, annotation.end
+        is_part = start is not None or end is not None
+        if annotation.task != "video_caption" and (is_part or annotation.kind in ("merged", "motion", "object")):
+            found = "a part of an image" if is_part else f"kind {annotation.kind!r} of an image"
+            yield Problem(rule="caption_part", place=place, found=found, expected="task 'video_caption'")
+        if end is not None and (start is None or end <= start):
+            found = f"start {start}, end {end:g}"
+            yield Problem(rule="caption_part", place=f"{place}.end", found=found, expected="start < end")
+        if is_part and annotation.kind not in ("long", "transcript"):
+            found = f"start or end with kind {annotation.kind!r}"
+            yield Problem(rule="caption_part", place=f"{place}.kind", found=found, expected="long or transcript")
+        if annotation.kind == "transcript" and is_part and end is None:
+            yield Problem(rule="caption_part", place=f"{place}.end", found="missing", expected="the end of the words")
+        if bool(annotation.label.strip()) != (annotation.kind == "object"):
+            found = f"label {shown(annotation.label)} with kind {annotation.kind!r}"
+            expected = "a label with kind object, and there alone"
+            yield Problem(rule="caption_part", place=f"{place}.label", found=found, expected=expected)
+
+
+def _counts(checked: CheckedRow) -> Iterator[Problem]:
+    for number, annotation in enumerate(checked.row.annotations):
+        if not isinstance(annotation, Pointing):
+            continue
+        place, count, is_number_alone = f"annotations[{number}]", annotation.count, annotation.count_form == "count"
+        if annotation.task.endswith("pointing") and (is_number_alone or annotation.count_form == "count_then_point"):
+            found = f"{annotation.count_form!r} with task {annotation.task!r}"
+            expected = "a task of counting"
+            yield Problem(rule="count", place=f"{place}.count_form", found=found, expected=expected)
+        if count is not None and not is_number_alone:
+            expected = "no count: it is the number of points; or count_form 'count'"
+            yield Problem(rule="count", place=f"{place}.count", found=str(count), expected=expected)
+        if count is not None and (count < 0 or (annotation.points and count != len(annotation.points))):
+            expected = f"{len(annotation.points)}, the number of points" if annotation.points else "0 or more"
+            yield Problem(rule="count", place=f"{place}.count", found=str(count), expected=expected)
+
+
 def _turns(checked: CheckedRow) -> Iterator[Problem]:
     for number, annotation in enumerate(checked.row.annotations):
         if isinstance(annotation, Conversation):
             roles = [turn.role for turn in annotation.turns]
-            if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+            spoken = roles[1:] if roles[:1] == ["system"] else roles
+            place = f"annotations[{number}].turns"
+            if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
                 expected = "user, assistant, user, ..., assistant"
-                place = f"annotations[{number}].turns"
                 yield Problem(rule="turn_order", place=place, found=shown(roles), expected=expected)
+            if len(spoken) < len(roles) and len(annotation.turns[0].text.splitlines()) > 1:
+                found = "a system text of several lines"
+                yield Problem(rule="turn_order", place=f"{place}[0].text", found=found, expected="one line")
 
 
 def _points(checked: CheckedRow) -> Iterator[Problem]:
@@ -204,6 +263,14 @@ def _tracks(checked: CheckedRow) -> Iterator[Problem]:
         if annotation.sampling_fps <= 0:
             found = f"{annotation.sampling_fps:g}"
             yield Problem(rule="sampling_fps", place=f"{place}.sampling_fps", found=found, expected="above 0")
+        elif annotation.form != "ground" and not _is_sampled(annotation):
+            found = f"no visible position at a multiple of 1 / {annotation.sampling_fps:g} s"
+            expected = "positions at the times that the answer is to have"
+            yield Problem(rule="sampling_grid", place=f"{place}.tracks", found=found, expected=expected)
+        num_seen = sum(any(position.visible for position in track.positions) for track in annotation.tracks)
+        if annotation.form == "single_point" and (len(annotation.tracks), num_seen) != (1, 1):
+            found = f"{len(annotation.tracks)} tracks, {num_seen} of them seen"
+            yield Problem(rule="single_point", place=f"{place}.tracks", found=found, expected="one, seen")
         ids = Counter(track.object_id for track in annotation.tracks)
         for object_id, count in ids.items():
             if count > 1 or object_id < 0:
@@ -218,6 +285,12 @@ def _tracks(checked: CheckedRow) -> Iterator[Problem]:
                 yield Problem(
                     rule="track_order", place=place_of_track, found=f"times {shown(times)}", expected=expected
                 )
+
+
+def _is_sampled(tracking: Tracking) -> bool:
+    """Whether an answer at `sampling_fps` has anything to say, if there is anything."""
+    times = [position.time for track in tracking.tracks for position in track.positions if position.visible]
+    return not times or any(on_sampling_grid(time, tracking.sampling_fps) for time in times)
 
 
 def _subtitles(checked: CheckedRow) -> Iterator[Problem]:
@@ -246,8 +319,10 @@ def _provenance(checked: CheckedRow) -> Iterator[Problem]:
 
 
 _ROW_RULES: tuple[Callable[[CheckedRow], Iterator[Problem]], ...] = (
-    _files, _tasks, _texts, _options, _turns, _points, _times, _tracks, _subtitles, _provenance,
+    _files, _tasks, _texts, _options, _styles, _captions, _counts, _turns, _points, _times, _tracks, _subtitles,
+    _provenance,
 )  # fmt: skip
+_STYLE = re.compile(r"[a-z][a-z0-9_]*[a-z0-9]")
 _SPECIAL_TOKENS = (CHAT_START, CHAT_END, TEXT_PAD, *EXTRA_TOKENS)
 
 
@@ -259,9 +334,13 @@ def _all_texts(row: ParsedRow) -> Iterator[tuple[str, str]]:
         place = f"annotations[{number}]"
         if isinstance(annotation, Caption):
             yield f"{place}.text", annotation.text
+            if annotation.label:
+                yield f"{place}.label", annotation.label
         elif isinstance(annotation, QuestionAnswer):
             yield f"{place}.question", annotation.question
             yield f"{place}.answer", annotation.answer
+            if annotation.explanation:
+                yield f"{place}.explanation", annotation.explanation
             for index, option in enumerate(annotation.options):
                 yield f"{place}.options[{index}]", option
         elif isinstance(annotation, Conversation):
@@ -269,6 +348,8 @@ def _all_texts(row: ParsedRow) -> Iterator[tuple[str, str]]:
                 yield f"{place}.turns[{index}].text", turn.text
         else:
             yield f"{place}.label", annotation.label
+            if isinstance(annotation, Pointing) and annotation.question:
+                yield f"{place}.question", annotation.question
 
 
 def _all_points(row: ParsedRow) -> Iterator[tuple[str, Point]]:
@@ -306,6 +387,10 @@ def _all_times(row: ParsedRow) -> Iterator[tuple[str, float]]:
             for index, track in enumerate(annotation.tracks):
                 for step, position in enumerate(track.positions):
                     yield f"annotations[{number}].tracks[{index}].positions[{step}].time", position.time
+        if isinstance(annotation, Caption):
+            for name, time in (("start", annotation.start), ("end", annotation.end)):
+                if time is not None:
+                    yield f"annotations[{number}].{name}", time
     for number, line in enumerate(row.media.subtitles):
         yield f"media.subtitles[{number}].start", line.start
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from molmo2core.annotations import MediaKind
 
-Style = Literal["style_and_length_v2", "demo_or_style_v2"]
-"""Text prefix of the first user turn: stage 1, and stages 2-3 with inference (model.md 6.4)."""
+Style = Literal["style_and_length_v2", "demo_or_style_v2", "few_phrasings"]
+"""How prompts are worded (wording.py): stage 1; stages 2-3 and inference (model.md 6.4); and as the latter, but with few
+templates, for models that are too small to learn many."""
+STYLES: tuple[Style, ...] = get_args(Style)
 
 ThinImages = Literal["as_trained", "as_released_processors"]
 """How an image with a side not longer than the crops' margins is tiled (model.md 4.1 step 2).

@@ -1,48 +1,22 @@
 """Upper bounds of lengths, known without decoding: what packs are planned with (DECISIONS D2).
 
-A bound is never below the true length.  Branch bounds are the maximum over everything that can be drawn; root bounds
-count a byte of text as a token, which a byte-level tokenizer cannot exceed.
+A bound is never below the true length.  Those of branches stand in branch_lengths.py; root bounds count a byte of text
+as a token, which a byte-level tokenizer cannot exceed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
-from typing import get_args
 
-from molmo2core.annotations import Annotation, MediaKind
+from molmo2core.annotations import MediaKind
 from molmo2core.examples import Media
-from molmo2core.preprocessing import chat, templates
-from molmo2core.preprocessing.config import PreprocessingConfig, Style, ThinImages, VisualGeometry
+from molmo2core.preprocessing.config import PreprocessingConfig, ThinImages, VisualGeometry
 from molmo2core.preprocessing.image import choose_tiling, low_res_grid, pooled_grid
 from molmo2core.preprocessing.root import SUBTITLE_HEADER, frame_text, image_text, subtitle_text
 from molmo2core.preprocessing.video import frame_grid, frame_times
 from molmo2core.special_tokens import TextTokenizer
 
 _BOS_TOKENS = 1
-
-
-def annotation_tokens_bound(annotation: Annotation, tokenizer: TextTokenizer) -> int:
-    """Most tokens that a branch of `annotation` adds to a sequence, over styles, phrasings and length hints.
-
-    The EOS that ends the branch is only a target and not counted.
-
-    Raises:
-        DataError: a multiple-choice answer is none of its options.
-    """
-    reply = chat.reply_of(annotation)
-    styles: tuple[Style, ...] = get_args(Style)
-    openings = {
-        (prefix, prompt)
-        for style in styles
-        for prefix, prompt in product(_prefixes(annotation, style, len(reply)), chat.phrasings(annotation, style))
-    }
-    lengths = [len(chat.encode_user_text(prefix, prompt, tokenizer)) for prefix, prompt in openings]
-    empty = chat.Dialogue(messages=("", *chat.later_messages(annotation, reply)))
-    branch = chat.encode_dialogue(empty, annotation.task, tokenizer)
-    num_replies = sum(turn.is_reply for turn in branch.turns)
-    without_opening = sum(len(turn.ids) for turn in branch.turns) - len(chat.encode_user_text((), "", tokenizer))
-    return without_opening + max(lengths) + num_replies - 1
 
 
 def subtitle_tokens(media: Media, tokenizer: TextTokenizer) -> int:
@@ -109,12 +83,3 @@ def num_image_tokens(tiling: tuple[int, int], geometry: VisualGeometry) -> int:
     low_rows, low_columns = low_res_grid(geometry)
     rows, columns = pooled_grid(tiling, geometry)
     return low_rows * low_columns + 2 + rows * (columns + 1) + 2
-
-
-def _prefixes(annotation: Annotation, style: Style, reply_characters: int) -> list[tuple[str, ...]]:
-    """Every style prefix that training can draw for a reply of this length."""
-    name = templates.style_of(annotation)
-    noise = chat.MAX_LENGTH_NOISE_CHARACTERS
-    shortest, longest = (chat.hinted_length(reply_characters, n) for n in (-noise, noise))
-    lengths: list[int | None] = [None, *range(shortest, longest + 1), chat.INFERENCE_LENGTH]
-    return sorted({chat.style_prefix(name, style, length) for length in lengths})

@@ -51,7 +51,8 @@ class Preprocessor:
         tree_branches = []
         for number in order.tolist():
             annotation = example.annotations[number]
-            dialogue = training_dialogue(annotation, self.config.style, generator(*key, "phrasing", number))
+            rng = generator(*key, "phrasing", number)
+            dialogue = training_dialogue(annotation, self.config.style, rng, len(example.media.files))
             tree_branches.append(encode_dialogue(dialogue, annotation.task, self.tokenizer))
         root = self._root(example, high_res=self._draws_high_res(example, epoch))
         special = self.tokenizer.special

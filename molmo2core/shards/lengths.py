@@ -1,7 +1,7 @@
 """The side table of a split: what a planner must know of every sample, without opening a shard.
 
-Counts here do not depend on a training stage; `preprocessing.lengths.root_bound` turns media facts into bounds on
-root tokens and crops under a stage's limits.
+Counts here do not depend on a training stage: those of branches are given for every style, and
+`preprocessing.lengths.root_bound` turns media facts into bounds on root tokens and crops under a stage's limits.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from molmo2core import storage
 from molmo2core.annotations import MediaKind
 from molmo2core.errors import DataError
+from molmo2core.preprocessing.config import STYLES
 
 FILE = "lengths.npz"
 KINDS: tuple[MediaKind, ...] = ("none", "image", "images", "video")
@@ -33,8 +34,8 @@ class SampleLengths:
     """Displayed (width, height) of each file."""
     duration_seconds: float
     subtitle_tokens: int
-    branch_tokens: tuple[int, ...]
-    """Upper bound of all tokens that each annotation adds, in any style."""
+    branch_tokens: tuple[tuple[int, ...], ...]
+    """Upper bound of all tokens that each annotation adds, in each of preprocessing.config.STYLES."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,7 +53,7 @@ class LengthsTable:
     subtitle_tokens: npt.NDArray[np.int32]
     """[N]"""
     branch_tokens: npt.NDArray[np.int32]
-    """[T] of all branches of all samples."""
+    """[T, styles] of all branches of all samples."""
     branch_offsets: npt.NDArray[np.int64]
     """[N+1] branches of sample i: branch_tokens[branch_offsets[i]:branch_offsets[i + 1]]."""
     shard_samples: npt.NDArray[np.int64]
@@ -73,7 +74,7 @@ class LengthsTable:
             sizes=tuple((int(width), int(height)) for width, height in files),
             duration_seconds=float(self.duration[index]),
             subtitle_tokens=int(self.subtitle_tokens[index]),
-            branch_tokens=tuple(branches.tolist()),
+            branch_tokens=tuple(map(tuple, branches.tolist())),
         )
 
 
@@ -91,7 +92,9 @@ def build_table(rows: Sequence[SampleLengths], shard_samples: Sequence[int]) -> 
         size_offsets=_offsets([len(row.sizes) for row in rows]),
         duration=np.array([row.duration_seconds for row in rows], np.float64),
         subtitle_tokens=np.array([row.subtitle_tokens for row in rows], np.int32),
-        branch_tokens=np.array([tokens for row in rows for tokens in row.branch_tokens], np.int32),
+        branch_tokens=np.array([tokens for row in rows for tokens in row.branch_tokens], np.int32).reshape(
+            -1, len(STYLES)
+        ),
         branch_offsets=_offsets([len(row.branch_tokens) for row in rows]),
         shard_samples=np.array(shard_samples, np.int64),
         uids=tuple(row.uid for row in rows),

@@ -9,7 +9,8 @@ from pathlib import Path
 from molmo2core import storage
 from molmo2core.errors import DataError, PlatformError
 from molmo2core.examples import Example
-from molmo2core.preprocessing.lengths import annotation_tokens_bound, subtitle_tokens
+from molmo2core.preprocessing.branch_lengths import annotation_tokens_bounds
+from molmo2core.preprocessing.lengths import subtitle_tokens
 from molmo2core.shards import index, lengths
 from molmo2core.shards.config import ShardsConfig
 from molmo2core.shards.encoding import COLUMNS, sample_from_example
@@ -81,11 +82,12 @@ def write_shards(
 
 def sample_lengths(example: Example, tokenizer: TextTokenizer) -> SampleLengths:
     """The side-table row of one example."""
+    num_images = len(example.media.files)
     return SampleLengths(
         uid=example.uid,
         kind=example.media.kind,
         sizes=example.media.sizes,
         duration_seconds=example.media.duration_seconds,
         subtitle_tokens=subtitle_tokens(example.media, tokenizer),
-        branch_tokens=tuple(annotation_tokens_bound(item, tokenizer) for item in example.annotations),
+        branch_tokens=tuple(annotation_tokens_bounds(item, tokenizer, num_images) for item in example.annotations),
     )

@@ -17,6 +17,7 @@ from molmo2core import storage
 from molmo2core.errors import DataError, exit_with_message
 from molmo2core.packing.plan import PLANNER, DatasetLengths, plan_packs
 from molmo2core.packing.plan_files import write_plan
+from molmo2core.preprocessing.config import STYLES
 from molmo2core.preprocessing.lengths import root_bound
 from molmo2core.recipe.load import from_json
 from molmo2core.recipe.sections import PlanSection
@@ -104,7 +105,7 @@ def dataset_lengths(ref: ShardsRef, proportion: float, section: PlanSection) -> 
         proportion=proportion,
         root_tokens=roots[:, 0],
         crops=roots[:, 1],
-        branch_tokens=table.branch_tokens.astype(np.int64),
+        branch_tokens=table.branch_tokens[:, STYLES.index(section.preprocessing.style)].astype(np.int64),
         branch_offsets=table.branch_offsets,
         shard_samples=table.shard_samples,
         uids=table.uids,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from typing import get_args
 
 import numpy as np
 from hypothesis import given, settings
@@ -15,21 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from molmo2core.annotations import (
-    Annotation,
-    Caption,
-    Conversation,
-    Point,
-    Pointing,
     QuestionAnswer,
-    Track,
-    Tracking,
-    TrackPosition,
-    Turn,
 )
 from molmo2core.examples import ROOT, Example, Media, Subtitle
-from molmo2core.preprocessing import chat
-from molmo2core.preprocessing.config import PreprocessingConfig, Style, VisualGeometry
-from molmo2core.preprocessing.lengths import annotation_tokens_bound, root_bound, subtitle_tokens
+from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
+from molmo2core.preprocessing.lengths import root_bound, subtitle_tokens
 from molmo2core.preprocessing.preprocessor import Preprocessor
 from molmo2core.preprocessing.root import frame_ids, subtitle_ids
 from molmo2core.preprocessing.video import frame_times, num_frames
@@ -40,7 +29,6 @@ TEXTS = st.one_of(
     st.text(max_size=60),
     st.lists(st.sampled_from(["a red ", "circle", "\n", "<im_patch>", "12", "é", '"'])).map("".join),
 )
-FRACTIONS = st.floats(0, 1)
 TIMES = st.floats(0, 1000)
 GEOMETRIES = st.sampled_from(
     [
@@ -49,68 +37,6 @@ GEOMETRIES = st.sampled_from(
         VisualGeometry(crop_size=28, patch_size=14, overlap_margins=(0, 0), video_pooling=(2, 2)),
     ]
 )
-
-points = st.lists(st.builds(Point, x=FRACTIONS, y=FRACTIONS, image=st.integers(1, 5), time=TIMES), max_size=8).map(
-    tuple
-)
-positions = st.lists(st.builds(TrackPosition, time=TIMES, x=FRACTIONS, y=FRACTIONS), max_size=8).map(tuple)
-captions = st.builds(Caption, task=st.sampled_from(["image_caption", "video_caption"]), text=TEXTS)
-questions = st.builds(
-    lambda options, **fields: QuestionAnswer(
-        options=options, **(fields | ({"answer": options[-1]} if options else {}))
-    ),
-    options=st.lists(TEXTS, max_size=5).map(tuple),
-    task=st.sampled_from(["image_qa", "multi_image_qa", "video_qa", "subtitle_qa"]),
-    question=TEXTS,
-    answer=TEXTS,
-)
-pointings = st.builds(
-    Pointing,
-    task=st.sampled_from(["image_pointing", "image_counting", "multi_image_pointing", "video_pointing"]),
-    label=TEXTS,
-    points=points,
-)
-trackings = st.builds(
-    Tracking,
-    task=st.just("tracking"),
-    label=TEXTS,
-    sampling_fps=st.sampled_from([0.5, 1.0, 2.0, 2.5]),
-    tracks=st.lists(positions, max_size=3).map(
-        lambda found: tuple(Track(object_id=n, positions=p) for n, p in enumerate(found))
-    ),
-)
-conversations = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3).map(
-    lambda pairs: Conversation(
-        task="text",
-        turns=tuple(t for q, a in pairs for t in (Turn(role="user", text=q), Turn(role="assistant", text=a))),
-    )
-)
-annotations: st.SearchStrategy[Annotation] = st.one_of(captions, questions, pointings, trackings, conversations)
-
-
-def branch_length(annotation: Annotation, style: Style, seed: int) -> int:
-    """Tokens of the branch in the sequence, as the preprocessor draws it."""
-    preprocessor = Preprocessor(
-        geometry=VisualGeometry(),
-        config=PreprocessingConfig(style=style),
-        tokenizer=TOKENIZER,
-        weighting="none",
-        seed=seed,
-    )
-    example = Example(uid="u", dataset="d", split="train", media=Media(kind="none"), annotations=(annotation,))
-    return int((preprocessor.tokenize(example, epoch=0).subsegment_ids != ROOT).sum())
-
-
-@settings(max_examples=150, deadline=None)
-@given(annotation=annotations, seed=st.integers(0, 2**32))
-def test_branches_are_never_longer_than_their_bound(annotation: Annotation, seed: int) -> None:
-    """The bound is also reached: the longest draw is at most a length hint's digits and a longer phrasing away."""
-    bound = annotation_tokens_bound(annotation, TOKENIZER)
-    lengths = [branch_length(annotation, style, seed + n) for style in get_args(Style) for n in range(4)]
-    assert max(lengths) <= bound
-    everything = [p for style in get_args(Style) for p in chat.phrasings(annotation, style)]
-    spread = max(len(p.encode()) for p in everything) - min(len(p.encode()) for p in everything)
-    assert bound - max(lengths) <= spread + len("video_multiple_choice_w_subtitle 999:")
 
 
 @settings(max_examples=30, deadline=None)

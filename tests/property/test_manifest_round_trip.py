@@ -12,11 +12,14 @@ from molmo2core.annotations import (
     MEDIA_OF_TASK,
     Annotation,
     Caption,
+    CaptionKind,
     Conversation,
+    CountForm,
     Point,
     Pointing,
     QuestionAnswer,
     Track,
+    TrackForm,
     Tracking,
     TrackPosition,
     Turn,
@@ -38,7 +41,15 @@ points = st.builds(Point, x=numbers, y=numbers, image=st.integers(), time=st.non
 positions = st.builds(TrackPosition, time=numbers, x=numbers, y=numbers, visible=st.booleans())
 tracks = st.builds(Track, object_id=st.integers(), positions=st.lists(positions, max_size=3).map(tuple), radius=numbers)
 annotations = st.one_of(
-    st.builds(Caption, task=task_of(Caption), text=texts),
+    st.builds(
+        Caption,
+        task=task_of(Caption),
+        text=texts,
+        kind=st.sampled_from(get_args(CaptionKind)),
+        label=texts,
+        start=st.none() | numbers,
+        end=st.none() | numbers,
+    ),
     st.builds(
         QuestionAnswer,
         task=task_of(QuestionAnswer),
@@ -46,19 +57,30 @@ annotations = st.one_of(
         answer=texts,
         options=st.lists(texts, max_size=3).map(tuple),
         category=texts,
+        explanation=texts,
+        style=texts,
     ),
-    st.builds(Pointing, task=task_of(Pointing), label=texts, points=st.lists(points, max_size=3).map(tuple)),
+    st.builds(
+        Pointing,
+        task=task_of(Pointing),
+        label=texts,
+        points=st.lists(points, max_size=3).map(tuple),
+        question=texts,
+        count_form=st.sampled_from(get_args(CountForm)),
+        count=st.none() | st.integers(),
+    ),
     st.builds(
         Tracking,
         task=task_of(Tracking),
         label=texts,
         sampling_fps=numbers,
         tracks=st.lists(tracks, max_size=2).map(tuple),
+        form=st.sampled_from(get_args(TrackForm)),
     ),
     st.builds(
         Conversation,
         task=task_of(Conversation),
-        turns=st.lists(st.builds(Turn, role=st.sampled_from(["user", "assistant"]), text=texts), max_size=3).map(tuple),
+        turns=st.lists(st.builds(Turn, role=st.sampled_from(["system", "user", "assistant"]), text=texts), max_size=3).map(tuple),
     ),
 )
 

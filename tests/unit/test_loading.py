@@ -21,8 +21,9 @@ from molmo2core.loading.fitting import drop_last_branch
 from molmo2core.packing.config import PackingConfig
 from molmo2core.packing.plan import PackPlan
 from molmo2core.packing.plan_files import read_plan, write_plan
-from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
-from molmo2core.preprocessing.lengths import annotation_tokens_bound, root_bound
+from molmo2core.preprocessing.branch_lengths import annotation_tokens_bounds
+from molmo2core.preprocessing.config import STYLES, PreprocessingConfig, VisualGeometry
+from molmo2core.preprocessing.lengths import root_bound
 from molmo2core.preprocessing.preprocessor import Preprocessor
 from molmo2core.shards.reader import ExampleReader
 from molmo2core.testing.tiny_examples import image_examples, text_examples, write_tiny_shards
@@ -370,10 +371,11 @@ def test_process_with_live_workers_can_exit() -> None:
 
 def test_bounds_hold_for_every_epoch(data: Data) -> None:
     """Catches a bound that some phrasing exceeds."""
+    column = STYLES.index(LIMITS.style)
     for example in data.examples:
         media = example.media
         tokens, crops = root_bound(media.kind, media.sizes, media.duration_seconds, 0, GEOMETRY, LIMITS)
-        tokens += sum(annotation_tokens_bound(item, tiny_tokenizer()) for item in example.annotations)
+        tokens += sum(annotation_tokens_bounds(item, tiny_tokenizer())[column] for item in example.annotations)
         for epoch in range(5):
             made = PREPROCESSOR.tokenize(example, epoch=epoch)
             assert len(made.input_ids) <= tokens

@@ -53,7 +53,7 @@ def row(**changes: Any) -> ManifestRow:
         ({"annotations": [{"turns": []}]}, "missing_key", ("annotations[0].task",)),
         ({"annotations": [{"task": "image_qa", "question": "?"}]}, "missing_key", ("annotations[0].answer",)),
         ({"annotations": [{"task": "image_qa", "question": "?", "answer": 3}]}, "wrong_value", ("answer", "3")),
-        ({"annotations": [{"task": "text", "turns": [{"role": "system", "text": "x"}]}]}, "wrong_value", ("role",)),
+        ({"annotations": [{"task": "text", "turns": [{"role": "tool", "text": "x"}]}]}, "wrong_value", ("role",)),
         ({"split": "dev"}, "wrong_value", ("split", "dev", "train")),
         ({"media": {"kind": "audio"}}, "wrong_value", ("media.kind", "audio")),
         ({"media": {"kind": "image", "files": "x.jpg"}}, "wrong_value", ("media.files", "x.jpg")),

@@ -25,7 +25,8 @@ from molmo2core.annotations import (
 )
 from molmo2core.errors import DataError, PlatformError
 from molmo2core.examples import Example, Media, Subtitle
-from molmo2core.preprocessing.lengths import annotation_tokens_bound, subtitle_tokens
+from molmo2core.preprocessing.branch_lengths import annotation_tokens_bounds
+from molmo2core.preprocessing.lengths import subtitle_tokens
 from molmo2core.shards import encoding
 from molmo2core.shards.config import ShardsConfig
 from molmo2core.shards.encoding import example_from_sample, frame_files, sample_from_example, unframe_files
@@ -125,7 +126,7 @@ def test_side_table_tells_what_the_preprocessor_would(tmp_path: Path) -> None:
         assert (row.uid, row.kind, row.sizes) == (example.uid, example.media.kind, example.media.sizes)
         assert row.duration_seconds == example.media.duration_seconds
         assert row.subtitle_tokens == subtitle_tokens(example.media, tiny_tokenizer())
-        assert row.branch_tokens == tuple(annotation_tokens_bound(a, tiny_tokenizer()) for a in example.annotations)
+        assert row.branch_tokens == tuple(annotation_tokens_bounds(a, tiny_tokenizer()) for a in example.annotations)
     assert table.row(12).subtitle_tokens > 0
     assert np.all(np.diff(table.branch_offsets) > 0)
 

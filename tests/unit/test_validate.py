@@ -32,6 +32,7 @@ from molmo2core.stages import resolve, validate
 from molmo2core.testing.tiny_corpus import tiny_corpus
 
 Row = dict[str, Any]
+TURNS = [{"role": "user", "text": "x"}, {"role": "assistant", "text": "x"}]
 SMALL = ShapesConfig(images=15, image_sets=4, videos=12, texts=5)
 
 
@@ -104,12 +105,19 @@ def bad_rows(corpus: Path, folder: Path) -> dict[str, tuple[str, Row | bytes, st
         label = {"task": row["annotations"][0]["task"], "label": "circle", "points": [fine | values]}
         return row | {"annotations": [label]}
 
-    def tracks(*tracks: list[float], fps: float = 1.0, ids: tuple[int, ...] = (1, 2)) -> Row:
+    def tracks(*tracks: list[float], fps: float = 2.0, ids: tuple[int, ...] = (1, 2), form: str = "track") -> Row:
         listed = [
             {"object_id": number, "positions": [{"time": t, "x": 0.5, "y": 0.5} for t in times]}
             for number, times in zip(ids, tracks, strict=False)
         ]
-        return video | {"annotations": [{"task": "tracking", "label": "x", "sampling_fps": fps, "tracks": listed}]}
+        tracking = {"task": "tracking", "label": "x", "sampling_fps": fps, "tracks": listed, "form": form}
+        return video | {"annotations": [tracking]}
+
+    def captioned(**values: Any) -> Row:
+        return video | {"annotations": [{"task": "video_caption", "text": "A circle."} | values]}
+
+    def counted(row: Row = image, task: str = "image_counting", **values: Any) -> Row:
+        return row | {"annotations": [{"task": task, "label": "circle", "points": [{"x": 0.5, "y": 0.5}]} | values]}
 
     def asked(**values: Any) -> Row:
         return image | {"annotations": [{"task": "image_qa", "question": "Which?", "answer": "red"} | values]}
@@ -142,8 +150,27 @@ def bad_rows(corpus: Path, folder: Path) -> dict[str, tuple[str, Row | bytes, st
         "control token": ("special_token", asked(question="a<|im_end|>b"), "<|im_end|>"),
         "no such option": ("options", asked(options=["blue", "green"]), '"red"'),
         "same options": ("options", asked(options=["red", "red"]), "different options"),
+        "shouted style": ("style", asked(style="Chart QA"), '"Chart QA"'),
+        "part of an image": ("caption_part", image | {"annotations": [caption | {"start": 1.0}]}, "video_caption"),
+        "motion of an image": ("caption_part", image | {"annotations": [caption | {"kind": "motion"}]}, "'motion'"),
+        "ends before it starts": ("caption_part", captioned(start=1.0, end=0.5), "start < end"),
+        "ends without a start": ("caption_part", captioned(end=0.5), "start < end"),
+        "part with a kind": ("caption_part", captioned(start=0.5, kind="motion"), "long or transcript"),
+        "words of an instant": ("caption_part", captioned(start=0.5, kind="transcript"), "end of the words"),
+        "no object": ("caption_part", captioned(kind="object"), "a label with kind object"),
+        "label of nothing": ("caption_part", captioned(label="dog"), "a label with kind object"),
+        "count of pointing": ("count", counted(task="image_pointing", count_form="count"), "a task of counting"),
+        "count with points": ("count", counted(count=1), "or count_form 'count'"),
+        "another count": ("count", counted(count_form="count", count=3), "1, the number of points"),
+        "less than none": ("count", counted(count_form="count", count=-1, points=[]), "0 or more"),
         "assistant first": ("turn_order", said("assistant", "user"), "user, assistant"),
         "user last": ("turn_order", said("user", "assistant", "user"), "user, assistant"),
+        "two lines of system": (
+            "turn_order",
+            talk | {"annotations": [{"task": "text", "turns": [{"role": "system", "text": "a\nb"}, *TURNS]}]},
+            "one line",
+        ),
+        "system alone": ("turn_order", said("system"), "user, assistant"),
         "pixels": ("point_outside", point(image, x=640.0, y=0.5), "looks like pixels"),
         "percent": ("point_outside", point(image, x=64.0), "divide by 100"),
         "left of the image": ("point_outside", point(image, x=-0.2), "(-0.2, 0.5)"),
@@ -152,11 +179,14 @@ def bad_rows(corpus: Path, folder: Path) -> dict[str, tuple[str, Row | bytes, st
         "time on an image": ("point_time", point(image, time=1.0), "on an image"),
         "no time": ("point_time", point(video, time=None), "time: missing"),
         "too late": ("time_outside", point(video, time=99.0), "99 s; expected 0 to"),
+        "caption too late": ("time_outside", captioned(start=0.5, end=99.0), "annotations[0].end: 99 s"),
         "too early": ("time_outside", point(video, time=-0.5), "-0.5 s"),
         "back in time": ("track_order", tracks([1.0, 0.5]), "[1.0, 0.5]"),
         "twice at once": ("track_order", tracks([0.5, 0.5]), "[0.5, 0.5]"),
         "same object": ("object_ids", tracks([0.5], [1.0], ids=(3, 3)), "object_id 3 2 times"),
         "no rate": ("sampling_fps", tracks([0.5], fps=0.0), "above 0"),
+        "between the samples": ("sampling_grid", tracks([0.25, 0.75]), "1 / 2 s"),
+        "two single points": ("single_point", tracks([0.5], [1.0], form="single_point"), "2 tracks"),
         "subtitle": ("subtitles", video | {"media": video["media"] | {"subtitles": [subtitle]}}, "start < end"),
         "no subtitles": (
             "subtitles",

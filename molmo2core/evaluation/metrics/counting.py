@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+_NUMBER = r"([0-9]{1,15})(?![0-9])"
+_ALONE = re.compile(_NUMBER)
 _STATED = (
-    re.compile(r"\btotal of (\d+)"),
-    re.compile(r"\btotal number\b.*?\bis:? (\d+)"),
-    re.compile(r"\bthere (?:is|are) (\d+)"),
+    re.compile(rf"\btotal of {_NUMBER}"),
+    re.compile(rf"\btotal number\b[^\n]{{0,200}}?\bis:? {_NUMBER}"),
+    re.compile(rf"\bthere (?:is|are) {_NUMBER}"),
 )
 _NONE = re.compile(r"\b(?:none|no)\b")
 
@@ -15,11 +17,12 @@ _NONE = re.compile(r"\b(?:none|no)\b")
 def stated_count(text: str) -> int | None:
     """The number in an answer such as `3`, `... shows a total of 3.`, `There are 3 ...`, `There are none.`
 
-    None when it states none of these.  The number of points in the answer does not matter here.
+    None when it states none of these, or a number of more than 15 digits, as models do that repeat themselves.  The
+    number of points in the answer does not matter here.
     """
     lowered = text.lower().strip()
-    if lowered.rstrip(".").isascii() and lowered.rstrip(".").isdigit():
-        return int(lowered.rstrip("."))
+    if alone := _ALONE.fullmatch(lowered.rstrip(".")):
+        return int(alone[1])
     for pattern in _STATED:
         if found := pattern.search(lowered):
             return int(found[1])

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from molmo2core.preprocessing.templates import labelled_options
+from molmo2core.preprocessing.choices import labelled_options
 
 
 def clean_answer(text: str) -> str:
