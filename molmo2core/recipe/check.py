@@ -27,6 +27,7 @@ def check_recipe(recipe: Recipe, *, where: str = "recipe") -> None:
         place = f"{where}: train.{name}"
         _check_numbers(stage, place)
         _check_mixture(stage, recipe, place)
+        _check_high_res(stage, place)
         _check_ranks(stage, model, place)
         _check_budgets(stage, model, place)
         _check_resources(stage, recipe, place)
@@ -79,9 +80,15 @@ def _check_numbers(stage: StageRecipe, place: str) -> None:
 
 
 def _check_limits(limits: PreprocessingConfig, place: str) -> None:
-    for name in ("max_crops", "max_images", "max_frames", "max_fps"):
+    for name in ("max_crops", "max_set_crops", "max_images", "max_frames", "max_fps"):
         value = getattr(limits, name)
         _require(value > 0, place, f"preprocessing.{name} {value}", "more than 0")
+    high_res = limits.high_res
+    for name, holds, expected in (
+        ("probability", 0 <= high_res.probability <= 1, "a share, 0 <= p <= 1"),
+        ("max_crops", high_res.max_crops > 0, "more than 0"),
+    ):
+        _require(holds, place, f"preprocessing.high_res.{name} {getattr(high_res, name)}", expected)
 
 
 def _check_mixture(stage: StageRecipe, recipe: Recipe, place: str) -> None:
@@ -129,20 +136,27 @@ def _check_budgets(stage: StageRecipe, model: ModelConfig, place: str) -> None:
         f"sequence_tokens {tokens} with max_position_embeddings {positions}",
         "a sequence that the model has positions for",
     )
-    crops = limits.max_images * (limits.max_crops + 1)
     _require(
         packing.crop_budget >= limits.max_frames,
         place,
         f"crop_budget {packing.crop_budget} with max_frames {limits.max_frames}",
         "a budget that one whole video fits into",
     )
-    _require(
-        packing.crop_budget >= crops,
-        place,
-        f"crop_budget {packing.crop_budget} with {limits.max_images} images x ({limits.max_crops} + 1) crops = {crops}",
-        "a budget that one whole image set fits into",
-    )
-    images = limits.max_images * largest_image_tokens(model.geometry, limits.max_crops)
+    for what, images, max_crops in _largest_images(limits):
+        crops, taken = images * (max_crops + 1), images * largest_image_tokens(model.geometry, max_crops)
+        _require(
+            packing.crop_budget >= crops,
+            place,
+            f"crop_budget {packing.crop_budget} with {images} images x ({max_crops} + 1) crops = {crops}",
+            f"a budget that {what} fits into",
+        )
+        _require(
+            tokens > taken,
+            place,
+            f"sequence_tokens {tokens}, while {images} images of {max_crops} crops take {taken}",
+            f"a sequence that {what} and its text fit into",
+            "raise packing.sequence_tokens or lower the crops or images of preprocessing",
+        )
     video = largest_video_tokens(model.geometry, limits.max_frames)
     _require(
         tokens > images,
@@ -158,6 +172,24 @@ def _check_budgets(stage: StageRecipe, model: ModelConfig, place: str) -> None:
         "a sequence that one whole video and its text fit into",
         "raise packing.sequence_tokens or lower preprocessing.max_frames",
     )
+
+
+def _largest_images(limits: PreprocessingConfig) -> list[tuple[str, int, int]]:
+    """What the largest visual inputs are called, their images, and the crops of each image."""
+    largest = [("one whole image set", limits.max_images, limits.image_crops("images", high_res=False))]
+    largest.append(("one image", 1, limits.image_crops("image", high_res=bool(limits.high_res.datasets))))
+    return largest
+
+
+def _check_high_res(stage: StageRecipe, place: str) -> None:
+    drawn = {dataset for group in stage.mixture.values() for dataset in group.datasets}
+    for dataset in stage.preprocessing.high_res.datasets:
+        _require(
+            dataset in drawn,
+            place,
+            f"dataset {dataset!r} of preprocessing.high_res is not in the mixture",
+            f"one of {', '.join(sorted(drawn))}",
+        )
 
 
 def _check_resources(stage: StageRecipe, recipe: Recipe, place: str) -> None:
@@ -210,3 +242,12 @@ def _check_evaluation(recipe: Recipe, model: ModelConfig, where: str) -> None:
         f"tokens with max_position_embeddings {positions}",
         "a prompt that the model has positions for",
     )
+    for what, images, max_crops in _largest_images(evaluation.preprocessing):
+        taken = images * largest_image_tokens(model.geometry, max_crops) + evaluation.max_new_tokens
+        _require(
+            taken <= positions,
+            place,
+            f"{images} images of {max_crops} crops and {evaluation.max_new_tokens} new tokens take {taken} tokens with "
+            f"max_position_embeddings {positions}",
+            f"a prompt with {what} that the model has positions for",
+        )

@@ -69,6 +69,17 @@ def test_every_recipe_keeps_the_rules_in_both_profiles(path: Path, profile: str)
         (["train.sft.dropout.residual=1.0"], ["dropout.residual 1.0"]),
         (["resources.train.gpus=4"], ["num_processes 1", "resources.train.gpus 4"]),
         (["train.sft.preprocessing.max_fps=0"], ["max_fps 0"]),
+        (["train.sft.preprocessing.max_set_crops=0"], ["max_set_crops 0"]),
+        (["train.sft.preprocessing.high_res.probability=1.5"], ["high_res.probability 1.5"]),
+        (["train.sft.preprocessing.high_res.datasets=[txt]"], ["'txt' of preprocessing.high_res", "mixture"]),
+        (
+            [
+                "train.sft.preprocessing.high_res.datasets=[image_pointing]",
+                "train.sft.preprocessing.high_res.max_crops=90",
+            ],
+            ["crop_budget", "1 images x (90 + 1) crops = 91"],
+        ),
+        (["evaluate.preprocessing.max_images=900"], ["900 images of 1 crops", "max_position_embeddings 4096"]),
     ],
 )  # fmt: skip
 def test_broken_rule_is_told_with_both_numbers(overrides: list[str], words: list[str]) -> None:

@@ -77,6 +77,18 @@ def test_groups_have_as_many_datasets_as_published(recipe: Recipe) -> None:
 def test_inference_limits(recipe: Recipe) -> None:
     limits = recipe.evaluate.preprocessing
     assert (limits.max_crops, limits.max_images, limits.max_frames, limits.max_fps) == (24, 20, 384, 2.0)
+    assert (limits.image_crops("image", high_res=False), limits.image_crops("images", high_res=False)) == (24, 8)
+
+
+@pytest.mark.parametrize("stage", ["sft", "long_context"])
+def test_high_resolution_is_drawn_for_single_images_that_are_pointed_at(recipe: Recipe, stage: str) -> None:
+    """model.md 4.4; stage 1 has no room for 24 crops."""
+    found = getattr(recipe.train, stage)
+    high_res, pointing = found.preprocessing.high_res, found.mixture["image_pointing"].datasets
+    assert (high_res.probability, high_res.max_crops) == (0.3, 24)
+    assert set(high_res.datasets) == set(pointing) - {"pixmo_multi_points"}
+    assert not recipe.train.pretrain.preprocessing.high_res.datasets
+    assert found.preprocessing.image_crops("images", high_res=True) == 8
 
 
 def test_world_sizes_divide_the_batch_as_published() -> None:
@@ -105,6 +117,6 @@ def test_every_known_disagreement_is_recorded(recipe: Recipe) -> None:
     assert alternatives["train.sft.weighting"] == ("described", "released_code")
     assert alternatives["train.sft.dropout.response_residual"] == (0.0, 0.1)
     assert recipe.alternatives["train.pretrain.optimizer.decoder.learning_rate"].paper == 2e-4
-    assert "frozen embedding" in recipe.not_reproduced and "high-resolution crops" in recipe.not_reproduced
+    assert "frozen embedding" in recipe.not_reproduced
     marks = (RECIPES / f"molmo2_{recipe.model.size.replace('-', '_')}.yaml").read_text().count("# (*)")
     assert marks >= 8
