@@ -38,7 +38,7 @@ RULES: dict[str, str] = {
     "no_annotations": "there is at least one annotation",
     "task_of_medium": "the task fits the kind of medium",
     "number_of_files": "no file for `none`, one for `image` and `video`, two or more for `images`",
-    "too_many_images": "a set has no more images than training takes; none is ever silently cut",
+    "too_many_images": "a set has no more images than training takes (held-out sets: evaluation); none is ever cut",
     "missing_file": "every media file exists",
     "empty_file": "no media file has zero bytes",
     "broken_file": "every media file can be decoded to its end",
@@ -72,6 +72,9 @@ class Limits:
     """What the recipe allows."""
 
     max_images: int
+    """Of a set that is trained on."""
+    max_images_held_out: int
+    """Of a set in another split: what evaluation takes."""
     allowed_licenses: tuple[str, ...] = ()
     forbidden_generators: tuple[str, ...] = ()
 
@@ -82,7 +85,7 @@ class CheckedRow:
 
     row: ParsedRow
     files: tuple[FileFacts, ...]
-    limits: Limits = field(default_factory=lambda: Limits(max_images=5))
+    limits: Limits = field(default_factory=lambda: Limits(max_images=5, max_images_held_out=20))
 
     @property
     def duration_seconds(self) -> float | None:
@@ -104,13 +107,15 @@ def _files(checked: CheckedRow) -> Iterator[Problem]:
     if len(media.files) < fewest or (most is not None and len(media.files) > most):
         expected = f"{fewest} for kind {media.kind!r}" if most == fewest else f"{fewest} or more for kind 'images'"
         yield Problem(rule="number_of_files", place="media.files", found=f"{len(media.files)} files", expected=expected)
-    if media.kind == "images" and len(media.files) > checked.limits.max_images:
+    is_trained_on, limits = checked.row.split == "train", checked.limits
+    max_images = limits.max_images if is_trained_on else limits.max_images_held_out
+    if media.kind == "images" and len(media.files) > max_images:
         yield Problem(
             rule="too_many_images",
             place="media.files",
             found=f"{len(media.files)} images",
-            expected=f"at most {checked.limits.max_images}",
-            mend="split the set or raise max_images in the recipe",
+            expected=f"at most {max_images}",
+            mend=f"split the set or raise max_images of {'training' if is_trained_on else 'evaluation'} in the recipe",
         )
     for number, (name, facts) in enumerate(zip(media.files, checked.files, strict=True)):
         if facts.fault:

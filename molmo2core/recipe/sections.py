@@ -31,7 +31,9 @@ class ValidateSection:
     workspace: str
     data: DataConfig
     preprocessing_limits: PreprocessingConfig
-    """The widest limits of any stage: what a row must fit into."""
+    """The widest limits of any training stage: what a row that is trained on must fit into."""
+    evaluation_limits: PreprocessingConfig
+    """What a row of another split must fit into."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,12 @@ def cut_sections(recipe: Recipe) -> dict[str, str]:
     workspace, tokenizer, fingerprint = recipe.workspace, recipe.model.tokenizer, recipe_fingerprint(recipe)
     run_name = f"{recipe.name}-{fingerprint[:8]}"
     sections: dict[str, object] = {
-        "validate": ValidateSection(workspace=workspace, data=recipe.data, preprocessing_limits=_widest_limits(recipe)),
+        "validate": ValidateSection(
+            workspace=workspace,
+            data=recipe.data,
+            preprocessing_limits=_widest_limits(recipe),
+            evaluation_limits=recipe.evaluate.preprocessing,
+        ),
         "shard": ShardSection(workspace=workspace, shards=recipe.shards, tokenizer=tokenizer),
         "export": ExportSection(
             workspace=workspace,

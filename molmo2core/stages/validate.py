@@ -57,6 +57,7 @@ def run(section: ValidateSection, *, output: Path) -> StageReport:
     relative = _relative_to_folder_in(workspace)
     limits = Limits(
         max_images=section.preprocessing_limits.max_images,
+        max_images_held_out=section.evaluation_limits.max_images,
         allowed_licenses=section.data.allowed_licenses,
         forbidden_generators=section.data.forbidden_generators,
     )

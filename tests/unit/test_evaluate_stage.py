@@ -53,7 +53,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = dataclasses.replace(data, manifests={name: data.manifests[name] for name in DATASETS})
     limits = dataclasses.replace(PREPROCESSING, max_frames=16)
     validate.run(
-        ValidateSection(workspace=str(folder), data=data, preprocessing_limits=limits),
+        ValidateSection(workspace=str(folder), data=data, preprocessing_limits=limits, evaluation_limits=limits),
         output=folder / "manifests.json",
     )
     section = ShardSection(workspace=str(folder), shards=ShardsConfig(), tokenizer="corpus/tokenizer")

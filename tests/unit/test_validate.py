@@ -16,12 +16,12 @@ from PIL import Image
 
 from molmo2core import storage
 from molmo2core.errors import DataError
-from molmo2core.examples import Example
+from molmo2core.examples import Example, ManifestRow
 from molmo2core.manifest.config import DataConfig
 from molmo2core.manifest.expectations import INDEX, QUANTITIES, run_suite
-from molmo2core.manifest.measure import measure_file
-from molmo2core.manifest.rules import RULES
-from molmo2core.manifest.schema import example_from_row, read_manifest
+from molmo2core.manifest.measure import FileFacts, measure_file
+from molmo2core.manifest.rules import RULES, CheckedRow, find_problems
+from molmo2core.manifest.schema import example_from_row, parse_row, read_manifest
 from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.recipe.load import to_json
 from molmo2core.recipe.sections import ValidateSection
@@ -45,7 +45,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def section(workspace: Path | str, **data: Any) -> ValidateSection:
     config = DataConfig(**({"manifests": {}} | data))
-    return ValidateSection(workspace=str(workspace), data=config, preprocessing_limits=PreprocessingConfig())
+    training, evaluation = PreprocessingConfig(), PreprocessingConfig(max_images=7)
+    return ValidateSection(
+        workspace=str(workspace), data=config, preprocessing_limits=training, evaluation_limits=evaluation
+    )
 
 
 def shapes_section(workspace: Path | str, **data: Any) -> ValidateSection:
@@ -65,6 +68,19 @@ def write_manifest(path: Path, rows: list[Row | bytes]) -> str:
 
 def quarantine_in(folder: str) -> list[Row]:
     return [json.loads(line) for line in storage.read_bytes(f"{folder}/quarantine.jsonl").splitlines()]
+
+
+@pytest.mark.parametrize(("split", "fits"), [("train", 5), ("validation", 20), ("test", 20)])
+def test_held_out_sets_may_be_as_large_as_evaluation_takes(corpus: Path, split: str, fits: int) -> None:
+    """Five images in training, twenty at evaluation: neither may be measured by the other's limit."""
+    row = next(row for row in rows_of(corpus, "image_pointing") if row["media"]["kind"] == "images")
+    facts, found = FileFacts(size=(9, 9)), {}
+    for count in (fits, fits + 1):
+        media = row["media"] | {"files": row["media"]["files"][:1] * count}
+        parsed = parse_row(ManifestRow(dataset="d", line=1, content=row | {"split": split, "media": media}))
+        problems = find_problems(CheckedRow(row=parsed, files=(facts,) * count))
+        found[count] = [problem for problem in problems if problem.rule == "too_many_images"]
+    assert not found[fits] and len(found[fits + 1]) == 1
 
 
 # --- one bad row for every rule -------------------------------------------------------------------------------------
@@ -127,7 +143,7 @@ def bad_rows(corpus: Path, folder: Path) -> dict[str, tuple[str, Row | bytes, st
 
     caption = {"task": "image_caption", "text": "A circle."}
     subtitle = {"start": 1.0, "end": 0.5, "text": "x"}
-    long_set = images["media"] | {"files": image["media"]["files"] * 6}
+    long_set, longer_set = (images["media"] | {"files": image["media"]["files"] * count} for count in (6, 8))
     cases: dict[str, tuple[str, Row | bytes, str]] = {
         "not json": ("json", b'{"id": "not json", ', "not JSON"),
         "unknown key": ("unknown_key", image | {"splitt": "train"}, "did you mean 'split'?"),
@@ -137,7 +153,8 @@ def bad_rows(corpus: Path, folder: Path) -> dict[str, tuple[str, Row | bytes, st
         "nothing": ("no_annotations", image | {"annotations": []}, "at least one"),
         "wrong medium": ("task_of_medium", video | {"annotations": [caption]}, "'image_caption' on media"),
         "two files": ("number_of_files", image | {"media": long_set | {"kind": "image"}}, "6 files"),
-        "too many": ("too_many_images", images | {"media": long_set}, "at most 5"),
+        "too many": ("too_many_images", images | {"split": "train", "media": long_set}, "at most 5"),
+        "too many to test": ("too_many_images", images | {"split": "test", "media": longer_set}, "at most 7"),
         "gone": ("missing_file", file(image, "gone.jpg"), "gone.jpg: no such file"),
         "zero-byte image": ("empty_file", file(image, "zero.jpg"), "no bytes"),
         "zero-byte video": ("empty_file", file(video, "zero.mp4"), "no bytes"),
