@@ -58,7 +58,9 @@ class VisionEncoder(nn.Module):
     def forward(self, crops: Tensor) -> Tensor:
         """uint8 [C, P, D] -> [C, P, F]"""
         dtype = self.patch_embedding.weight.dtype
-        x = self.patch_embedding(crops.to(dtype) / 127.5 - 1.0) + self.position_embedding
+        # In bfloat16 the difference of two numbers near 1 would lose half a grey level.
+        pixels = (crops.float() / 127.5 - 1.0).to(dtype)
+        x = self.patch_embedding(pixels) + self.position_embedding
         features: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             x = block(x)
