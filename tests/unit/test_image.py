@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from molmo2core.errors import DataError
 from molmo2core.examples import PADDING
-from molmo2core.image_decoding import decode_image
 from molmo2core.preprocessing.config import VisualGeometry
 from molmo2core.preprocessing.image import (
     choose_tiling,
@@ -20,23 +16,15 @@ from molmo2core.preprocessing.image import (
     patch_owners,
     patches,
     pooled_grid,
+    resize,
 )
 from molmo2core.preprocessing.lengths import num_image_tokens
 from molmo2core.preprocessing.pooling import pooling_index
 from molmo2core.preprocessing.video import video_pooling
+from molmo2core.testing.pictures import noise
 
 RELEASED = VisualGeometry()
 TINY = VisualGeometry(crop_size=54, patch_size=6, overlap_margins=(1, 1))
-
-
-def encoded(pixels: np.ndarray, form: str = "PNG", **options: object) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, form, **options)
-    return stream.getvalue()
-
-
-def noise(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(height * 10_000 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +87,33 @@ def test_golden_pooling(
     assert index[-1].tolist() == last
 
 
+@pytest.mark.parametrize(
+    ("size", "tiling", "grid", "tokens", "total", "fingerprint"),
+    [
+        ((378, 378), (1, 1), (14, 14), 410, 1062153, "821e93968a5b2a20"),
+        ((480, 640), (2, 2), (23, 23), 752, 4891990, "bb5454c25a1bb06a"),
+        ((768, 1024), (3, 4), (33, 42), 1619, 28125006, "1bb89af9a0a059a8"),
+        ((1080, 1920), (4, 6), (42, 61), 2804, 97380528, "bb1a545505f45b5b"),
+        ((1920, 1080), (6, 4), (61, 42), 2823, 97380528, "e2bfc1f43aa28d18"),
+        ((2000, 2000), (4, 4), (42, 42), 2006, 46556244, "e7b7defc62e0dd9b"),
+        ((4000, 3000), (6, 4), (61, 42), 2823, 97380528, "e2bfc1f43aa28d18"),
+        ((300, 3000), (1, 11), (14, 109), 1740, 28025298, "8b4e0ae310843677"),
+        ((6000, 400), (21, 1), (204, 14), 3260, 92386143, "4874c3988cbfcf74"),
+        ((10_000, 300), (24, 1), (232, 14), 3680, 118986948, "0040a3954445c624"),
+    ],
+)
+def test_golden_values_of_24_crops(
+    size: tuple[int, int], tiling: tuple[int, int], grid: tuple[int, int], tokens: int, total: int, fingerprint: str
+) -> None:
+    """What inference uses.  Taken from transformers' own processor with max_crops 24 (indices; 5.23), and kept."""
+    assert choose_tiling(*size, RELEASED, 24) == tiling
+    assert pooled_grid(tiling, RELEASED) == grid
+    assert num_image_tokens(tiling, RELEASED) == tokens
+    index = image_pooling(tiling, RELEASED)[:, :4].astype("<i8")
+    assert index[index >= 0].sum() == total
+    assert hashlib.sha256(np.ascontiguousarray(index).tobytes()).hexdigest()[:16] == fingerprint
+
+
 def test_golden_frame_pooling() -> None:
     index = video_pooling(3, RELEASED)
     assert index.shape == (3 * 81, 9) and (index >= 0).all()
@@ -146,17 +161,16 @@ def test_owned_patches_rebuild_the_canvas() -> None:
     assert (rebuilt == pixels).all()
 
 
-def test_exif_orientation_is_applied() -> None:
-    """Orientation 6 means: turn clockwise to display.  Without it, points would be on a lying image."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    pixels = noise(20, 30)
-    assert (decode_image(encoded(pixels, exif=exif)) == np.rot90(pixels, -1)).all()
+def test_low_resolution_view_is_the_only_crop_twice_when_the_tiling_is_one() -> None:
+    """(1, 1) is no special case: two equal crops (model.md 4.4)."""
+    crops = image_crops(noise(20, 30), (1, 1), TINY)
+    assert crops.shape == (2, 81, 108) and crops.dtype == np.uint8
+    assert (crops[0] == crops[1]).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
-def test_every_mode_becomes_rgb(mode: str) -> None:
-    stream = io.BytesIO()
-    Image.fromarray(noise(8, 9)).convert(mode).save(stream, "PNG")
-    pixels = decode_image(stream.getvalue())
-    assert pixels.shape == (8, 9, 3) and pixels.dtype == np.uint8
+def test_halves_round_to_even_bytes() -> None:
+    """Enlarged twice, neighbours 0 and 1 meet at 0.25 and 0.75; shrunk to half, 0 and 1 at 0.5, 1 and 2 at 1.5."""
+    line = np.array([0, 1, 1, 2, 2, 3], np.uint8)[None, :, None].repeat(2, axis=0).repeat(3, axis=2)
+    assert resize(line, 1, 3)[0, :, 0].tolist() == [0, 2, 2]
+    assert resize(line, 2, 12)[0, :4, 0].tolist() == [0, 0, 1, 1]
+    assert resize(line, 2, 6) is line
