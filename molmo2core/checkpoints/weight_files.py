@@ -121,6 +121,7 @@ def write_weights(
             ) from error
         written.append((path, list(shard)))
         total += size
+        del shard  # else it would stay while the next is made
     if len(written) == 1:
         written[0][0].rename(folder / SINGLE)
         return
