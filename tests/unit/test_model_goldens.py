@@ -228,6 +228,19 @@ def test_vision_features() -> None:
 
 
 @torch.no_grad()
+def test_pixels_are_normalised_before_they_are_cast() -> None:
+    """Every grey level, in a bfloat16 encoder.  Would catch `bytes / 127.5 - 1` in bfloat16, half a grey level off."""
+    encoder = tiny_model(1).vision_encoder.bfloat16()
+    levels = torch.arange(36 * 243).remainder(256).to(torch.uint8).view(1, 36, 243)
+    seen: list[Tensor] = []
+    hook = encoder.patch_embedding.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    encoder(levels)
+    hook.remove()
+    expected = (levels.numpy().astype(np.float64) / 255 - 0.5) / 0.5
+    np.testing.assert_allclose(seen[0].float(), expected, rtol=2**-8)
+
+
+@torch.no_grad()
 def test_pooled_and_projected_features() -> None:
     """Would catch a residual or a norm in the connector, and a query that is not the mean of valid patches."""
     model, example = tiny_model(1), two_examples(TINY_CONFIGS["qwen"])
