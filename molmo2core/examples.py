@@ -70,7 +70,11 @@ class Media:
     sizes: tuple[tuple[int, int], ...] = ()
     """Displayed (width, height) in pixels of each file, after EXIF or video rotation."""
     duration_seconds: float = 0.0
-    """Duration of a video, else 0."""
+    """Duration of a video, or of the clip of it, else 0."""
+    fps: float = 0.0
+    """Frames per second of a video on average, else 0."""
+    clip_start_seconds: float = 0.0
+    """Where the clip starts in the file.  All times of the example count from there."""
     subtitles: tuple[Subtitle, ...] = ()
 
 

@@ -16,7 +16,7 @@ from molmo2core.evaluation.metrics.matching import TIME_TOLERANCE_SECONDS
 from molmo2core.evaluation.tasks import predicted_points, predicted_tracks
 from molmo2core.examples import ByteArray, Example
 from molmo2core.image_decoding import decode_image
-from molmo2core.preprocessing.video import decode_frames
+from molmo2core.video_decoding import decode_frames
 
 TRUE_COLOUR = (0, 160, 60)
 PREDICTED_COLOUR = (220, 30, 30)
@@ -58,7 +58,7 @@ def draw_example(example: Example, annotation: Annotation, answer: str) -> list[
     if media.kind == "video":
         marks = _video_marks(annotation, answer)
         times = _spread(_distinct(sorted(time for time, _ in marks))) or _even_times(media.duration_seconds)
-        frames = decode_frames(media.files[0], times, where)
+        frames = decode_frames(media.files[0], [media.clip_start_seconds + time for time in times], where)
         return [
             Picture(caption=f"{time:.1f} s", jpeg=draw_marks(frame, _marks_at(marks, time)))
             for time, frame in zip(times, frames, strict=True)

@@ -72,14 +72,14 @@ def _media(request: Request, where: str) -> Media:
     kinds: dict[int, MediaKind] = {0: "none", 1: "image"}
     kind = "video" if request.video_uri else kinds.get(len(images), "images")
     files = (storage.read_bytes(request.video_uri),) if request.video_uri else images
-    sizes, duration = [], 0.0
+    sizes, duration, fps = [], 0.0, 0.0
     for content in files:
         facts = measure_file(content, kind)
         if facts.size is None:
             raise DataError(where, found=f"{facts.fault}: {facts.details}", expected="a complete image or video")
         sizes.append(facts.size)
-        duration = facts.duration_seconds
-    return Media(kind=kind, files=files, sizes=tuple(sizes), duration_seconds=duration)
+        duration, fps = facts.duration_seconds, facts.fps
+    return Media(kind=kind, files=files, sizes=tuple(sizes), duration_seconds=duration, fps=fps)
 
 
 def _points(text: str) -> list[dict[str, float]]:

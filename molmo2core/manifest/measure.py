@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import av
+from av.video.reformatter import VideoReformatter
 
 from molmo2core.annotations import MediaKind
 from molmo2core.errors import DataError
-from molmo2core.image_decoding import MAX_PIXELS, TooManyPixels, decode_image
+from molmo2core.image_decoding import TooManyPixels, decode_image
+from molmo2core.video_decoding import displayed, frames_at
+from molmo2core.video_file import VideoFile, VideoTooLarge, check_cost, open_video
 
-if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.stream import VideoStream
-
-_TAIL_SECONDS = 2.0
+_MOST_FRAMES = 384
+"""Frames of a video that any published stage takes."""
+_MATROSKA_DURATION = re.compile(r"([0-9]+):([0-9]{2}):([0-9]{2}\.[0-9]+)")
 _MISSING_TAIL_SECONDS = 0.5
 """A video whose last frame ends earlier than this before its stated end has lost data."""
 
@@ -29,6 +28,8 @@ class FileFacts:
     """Displayed (width, height), after EXIF or video rotation."""
     duration_seconds: float = 0.0
     """Of a video: end of the last frame, counted from the start of the first."""
+    fps: float = 0.0
+    """Of a video: frames per second on average."""
     fault: str = ""
     """Rule that the file breaks: `missing_file`, `empty_file`, `broken_file` or `oversized_file`."""
     details: str = ""
@@ -45,12 +46,10 @@ def measure_file(content: bytes, kind: MediaKind) -> FileFacts:
         return FileFacts(fault="empty_file", details="the file has no bytes")
     try:
         return _video_facts(content) if kind == "video" else _image_facts(content)
-    except TooManyPixels as error:
-        return FileFacts(fault="oversized_file", details=f"{error.found}, more than {MAX_PIXELS}")
+    except (TooManyPixels, VideoTooLarge) as error:
+        return FileFacts(fault="oversized_file", details=f"{error.found}, allowed {error.expected}")
     except DataError as error:
         return FileFacts(fault="broken_file", details=f"cannot be decoded: {error.found}")
-    except (OSError, ValueError, EOFError, av.FFmpegError) as error:
-        return FileFacts(fault="broken_file", details=f"cannot be decoded: {error}")
 
 
 def _image_facts(content: bytes) -> FileFacts:
@@ -61,24 +60,15 @@ def _image_facts(content: bytes) -> FileFacts:
 def _video_facts(content: bytes) -> FileFacts:
     if missing := _bytes_missing_in_mp4(content):
         return FileFacts(fault="broken_file", details=f"truncated: at least {missing} bytes are missing at its end")
-    with av.open(io.BytesIO(content), mode="r") as container:
-        if not container.streams.video:
-            return FileFacts(fault="broken_file", details="has no video stream")
-        if container.format.name.endswith("_pipe"):
-            return FileFacts(fault="broken_file", details=f"is a still picture ({container.format.name}), no video")
-        stream = container.streams.video[0]
-        if stream.width * stream.height > MAX_PIXELS:
-            return _oversized(stream.width, stream.height)
-        first = next(container.decode(stream), None)
-        if first is None or first.time is None:
-            return FileFacts(fault="broken_file", details="has no frame that can be decoded")
-        stated = _stated_duration(container, stream)
-        end = _end_of_last_frame(container, stream, stated) - first.time
-        if stated and end < stated - _MISSING_TAIL_SECONDS:
-            details = f"ends after {end:.2f} s although its header states {stated:.2f} s: truncated"
+    with open_video(content) as video:
+        index, stated = video.index, _stated_duration(video)
+        if index.duration_seconds < stated - _MISSING_TAIL_SECONDS:
+            details = f"ends after {index.duration_seconds:.2f} s although its header states {stated:.2f} s: truncated"
             return FileFacts(fault="broken_file", details=details)
-        size = (first.height, first.width) if first.rotation % 180 else (first.width, first.height)
-        return FileFacts(size=size, duration_seconds=round(stated or end, 6))
+        check_cost(index.most_packets(_MOST_FRAMES), video.pixels, video.where)
+        first, _ = frames_at(video, [0.0, index.duration_seconds])
+        height, width, _ = displayed(first, VideoReformatter()).shape
+        return FileFacts(size=(width, height), duration_seconds=index.duration_seconds, fps=index.fps)
 
 
 def _bytes_missing_in_mp4(content: bytes) -> int:
@@ -96,25 +86,13 @@ def _bytes_missing_in_mp4(content: bytes) -> int:
     return max(position - len(content), 0)
 
 
-def _stated_duration(container: InputContainer, stream: VideoStream) -> float:
-    """Seconds; 0 when the header does not say."""
+def _stated_duration(video: VideoFile) -> float:
+    """Seconds that the header says the video lasts; 0 when it says nothing, or only how long all streams last."""
+    stream = video.stream
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
-    return (container.duration or 0) / 1_000_000
-
-
-def _end_of_last_frame(container: InputContainer, stream: VideoStream, stated: float) -> float:
-    """Seconds; decodes only the tail of a long video."""
-    if stated > 2 * _TAIL_SECONDS and stream.time_base:
-        container.seek(round((stated - _TAIL_SECONDS) / stream.time_base), stream=stream)
-    else:
-        container.seek(0)
-    end = 0.0
-    for frame in container.decode(stream):
-        if frame.time is not None and frame.time_base is not None:
-            end = max(end, frame.time + float((frame.duration or 0) * frame.time_base))
-    return end
-
-
-def _oversized(width: int, height: int) -> FileFacts:
-    return FileFacts(fault="oversized_file", details=f"{width} x {height} pixels, more than {MAX_PIXELS}")
+    if stated := _MATROSKA_DURATION.fullmatch(stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = stated.groups()
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    alone = len(video.container.streams) == 1
+    return (video.container.duration or 0) / 1_000_000 if alone else 0.0

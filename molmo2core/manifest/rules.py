@@ -42,7 +42,8 @@ RULES: dict[str, str] = {
     "missing_file": "every media file exists",
     "empty_file": "no media file has zero bytes",
     "broken_file": "every media file can be decoded to its end",
-    "oversized_file": "no image or frame has more than 89 million pixels",
+    "oversized_file": "no image has more than 89 million pixels, no video is beyond its limits",
+    "clip": "a clip belongs to a video, starts at 0 or later and ends after that, not after the video",
     "split_leak": "no medium is in two splits; a row of the split nearer to training gives way",
     "empty_text": "ids, texts, questions, answers, options and labels are not blank",
     "special_token": "no text contains a special token of the tokenizer",
@@ -89,10 +90,19 @@ class CheckedRow:
 
     @property
     def duration_seconds(self) -> float | None:
-        """Of the video; None when there is none that could be opened."""
-        if self.row.media.kind != "video" or len(self.files) != 1 or self.files[0].fault:
-            return None
-        return self.files[0].duration_seconds
+        """Of the video or the clip of it; None when there is none that could be opened."""
+        is_one_video = self.row.media.kind == "video" and len(self.files) == 1
+        return shown_seconds(self.row, self.files[0]) if is_one_video else None
+
+
+def shown_seconds(row: ParsedRow, file: FileFacts) -> float | None:
+    """Length of a row's video: of the whole file, or of the clip; None if the file or the clip is bad."""
+    clip, seconds = row.media.clip, file.duration_seconds
+    if file.fault or (
+        clip and not (0 <= clip.start < min(clip.end, seconds) and clip.end <= seconds + TIME_TOLERANCE_SECONDS)
+    ):
+        return None
+    return round(min(clip.end, seconds) - clip.start, 6) if clip else seconds
 
 
 def find_problems(checked: CheckedRow) -> list[Problem]:
@@ -121,6 +131,22 @@ def _files(checked: CheckedRow) -> Iterator[Problem]:
         if facts.fault:
             found = f"{name}: {facts.details}"
             yield Problem(rule=facts.fault, place=f"media.files[{number}]", found=found, mend="deliver the file again")
+
+
+def _clip(checked: CheckedRow) -> Iterator[Problem]:
+    clip, kind = checked.row.media.clip, checked.row.media.kind
+    if clip is None:
+        return
+    if kind != "video":
+        found = f"a clip of media of kind {kind!r}"
+        yield Problem(rule="clip", place="media.clip", found=found, expected="a video, or no clip")
+    elif not 0 <= clip.start < clip.end:
+        found = f"start {clip.start:g}, end {clip.end:g}"
+        yield Problem(rule="clip", place="media.clip", found=found, expected="0 <= start < end")
+    elif len(checked.files) == 1 and not checked.files[0].fault and checked.duration_seconds is None:
+        found = f"start {clip.start:g} s, end {clip.end:g} s"
+        expected = f"within {checked.files[0].duration_seconds:g} s, the length of the video"
+        yield Problem(rule="clip", place="media.clip", found=found, expected=expected)
 
 
 def _tasks(checked: CheckedRow) -> Iterator[Problem]:
@@ -256,7 +282,7 @@ def _times(checked: CheckedRow) -> Iterator[Problem]:
         return
     for place, time in _all_times(checked.row):
         if not 0 <= time <= duration + TIME_TOLERANCE_SECONDS:
-            expected = f"0 to {duration:g} s, the length of the video"
+            expected = f"0 to {duration:g} s, the length of the {'clip' if checked.row.media.clip else 'video'}"
             yield Problem(rule="time_outside", place=place, found=f"{time:g} s", expected=expected)
 
 
@@ -324,7 +350,7 @@ def _provenance(checked: CheckedRow) -> Iterator[Problem]:
 
 
 _ROW_RULES: tuple[Callable[[CheckedRow], Iterator[Problem]], ...] = (
-    _files, _tasks, _texts, _options, _styles, _captions, _counts, _turns, _points, _times, _tracks, _subtitles,
+    _files, _clip, _tasks, _texts, _options, _styles, _captions, _counts, _turns, _points, _times, _tracks, _subtitles,
     _provenance,
 )  # fmt: skip
 _STYLE = re.compile(r"[a-z][a-z0-9_]*[a-z0-9]")

@@ -43,6 +43,16 @@ _SHOWN_CHARACTERS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A part of a video, in seconds of the file."""
+
+    __pydantic_config__ = STRICT
+
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class MediaFiles:
     """The medium of a row: addresses, not bytes."""
 
@@ -50,6 +60,8 @@ class MediaFiles:
 
     kind: MediaKind
     files: tuple[str, ...] = ()
+    clip: Clip | None = None
+    """Only this part of the video is the medium; all other times count from its start."""
     subtitles: tuple[Subtitle, ...] = ()
 
 
@@ -64,7 +76,9 @@ class Measured:
     sha256: tuple[str, ...] = ()
     """Checksum of each file."""
     duration_seconds: float = 0.0
-    """Of a video, else 0."""
+    """Of a video, or of the clip of it, else 0."""
+    fps: float = 0.0
+    """Frames per second of a video on average, else 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +125,7 @@ _ANNOTATIONS: TypeAdapter[tuple[Annotation, ...]] = TypeAdapter(
 )
 _KINDS_BY_KEY: dict[str, type[Any]] = {
     "media": MediaFiles,
+    "clip": Clip,
     "measured": Measured,
     "subtitles": Subtitle,
     "points": Point,
@@ -215,6 +230,8 @@ def example_from_row(row: ManifestRow, read: Callable[[str], bytes]) -> Example:
         files=tuple(read(name) for name in parsed.media.files),
         sizes=parsed.measured.sizes,
         duration_seconds=parsed.measured.duration_seconds,
+        fps=parsed.measured.fps,
+        clip_start_seconds=parsed.media.clip.start if parsed.media.clip else 0.0,
         subtitles=parsed.media.subtitles,
     )
     return Example(uid=parsed.id, dataset=row.dataset, split=parsed.split, media=media, annotations=parsed.annotations)

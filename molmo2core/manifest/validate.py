@@ -23,7 +23,15 @@ from molmo2core.manifest.config import DataConfig
 from molmo2core.manifest.data_docs import Table, write_front_page
 from molmo2core.manifest.expectations import INDEX, run_suite
 from molmo2core.manifest.measure import FileFacts, measure_file
-from molmo2core.manifest.rules import RULES, CheckedRow, Limits, find_problems, point_range, time_range
+from molmo2core.manifest.rules import (
+    RULES,
+    CheckedRow,
+    Limits,
+    find_problems,
+    point_range,
+    shown_seconds,
+    time_range,
+)
 from molmo2core.manifest.schema import (
     Measured,
     ParsedRow,
@@ -330,7 +338,8 @@ def _frame_row(
         values["earliest_time"] = times[0]
         if parsed.media.kind == "video" and len(parsed.media.files) == 1:
             file = facts[parsed.media.files[0]]
-            values["seconds_beyond_end"] = None if file.fault else times[1] - file.duration_seconds
+            seconds = shown_seconds(parsed, file)
+            values["seconds_beyond_end"] = None if seconds is None else times[1] - seconds
     return values
 
 
@@ -349,7 +358,8 @@ def _measured_row(row: ParsedRow, facts: Mapping[str, FileFacts], digests: Mappi
     measured = Measured(
         sizes=tuple(file.size for file in files if file.size),
         sha256=tuple(digests[name] for name in row.media.files),
-        duration_seconds=max((file.duration_seconds for file in files), default=0.0),
+        duration_seconds=(shown_seconds(row, files[0]) or 0.0) if row.media.kind == "video" else 0.0,
+        fps=files[0].fps if row.media.kind == "video" else 0.0,
     )
     return dataclasses.replace(row, measured=measured)
 

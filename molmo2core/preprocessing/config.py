@@ -12,6 +12,19 @@ Style = Literal["style_and_length_v2", "demo_or_style_v2", "few_phrasings"]
 templates, for models that are too small to learn many."""
 STYLES: tuple[Style, ...] = get_args(Style)
 
+FrameLayout = Literal["image_tokens", "frame_tokens", "frame_tokens_around_video"]
+"""The tokens around frames (data.md 0.2).
+
+`image_tokens`: <im_start> and <im_end> around each frame, as the released weights know it.  `frame_tokens`:
+<frame_start> and <frame_end> around each.  `frame_tokens_around_video`: one <frame_start> before the first time and one
+<frame_end> after the last frame, as the published training script has it."""
+
+FrameSampling = Literal["as_trained", "as_native_processor"]
+"""Which frames of a video are taken (frame_times.py).
+
+`as_trained`: at exact times, the last instant included.  `as_native_processor`: the frame numbers that transformers'
+own video processor takes, without the last one."""
+
 ThinImages = Literal["as_trained", "as_released_processors"]
 """How an image with a side not longer than the crops' margins is tiled (model.md 4.1 step 2).
 
@@ -88,6 +101,10 @@ class PreprocessingConfig:
     """Frames of a video."""
     max_fps: float = 2.0
     """Frames per second at most; the last instant is always added (model.md 5.1)."""
+    max_tracking_fps: float = 10.0
+    """The same for examples with tracks, whose frames lie on the grid of the annotated times (data.md 6.5)."""
+    frame_sampling: FrameSampling = "as_trained"
+    frame_layout: FrameLayout = "image_tokens"
     max_subtitle_tokens: int = 1024
     """Subtitle lines are kept whole, in order, up to this many tokens."""
     style: Style = "demo_or_style_v2"

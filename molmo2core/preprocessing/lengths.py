@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from molmo2core.annotations import MediaKind
 from molmo2core.examples import Media
 from molmo2core.preprocessing.config import PreprocessingConfig, ThinImages, VisualGeometry
+from molmo2core.preprocessing.frame_times import sampled_times
 from molmo2core.preprocessing.image import choose_tiling, low_res_grid, pooled_grid
 from molmo2core.preprocessing.root import SUBTITLE_HEADER, frame_text, image_text, subtitle_text
-from molmo2core.preprocessing.video import frame_grid, frame_times
+from molmo2core.preprocessing.video import frame_grid
 from molmo2core.special_tokens import TextTokenizer
 
 _BOS_TOKENS = 1
@@ -36,18 +37,22 @@ def root_bound(
     config: PreprocessingConfig,
     *,
     high_res: bool = False,
+    fps: float = 0.0,
+    grid_fps: float = 0.0,
 ) -> tuple[int, int]:
     """Most tokens and crops of a root under the limits of one stage; crops are exact, but for `high_res`.
 
     Args:
         kind: of the medium.
         sizes: displayed (width, height) of each image.
-        duration_seconds: of a video.
+        duration_seconds: of a video, or of the clip of it.
         subtitle_tokens: from the function of that name.
         geometry: of crops and pooling.
         config: limits.
         high_res: the dataset is one of `config.high_res.datasets`.  Whether an image is seen in more crops is drawn
             each time it is drawn, after planning; the plan has room for either.
+        fps: of a video, as measured.
+        grid_fps: of an example with tracks, from frame_times.tracking_grid.
 
     Returns:
         (tokens with BOS, crops).
@@ -60,11 +65,12 @@ def root_bound(
             bounds = [_images_bound(sizes, limit, geometry, config.thin_images) for limit in limits]
             return _BOS_TOKENS + max(tokens for tokens, _ in bounds), max(crops for _, crops in bounds)
         case "video":
-            times = frame_times(duration_seconds, config.max_frames, config.max_fps)
+            times = sampled_times(duration_seconds, config, fps=fps, grid_fps=grid_fps)
             rows, columns = frame_grid(geometry)
+            around = 2 if config.frame_layout == "frame_tokens_around_video" else 2 * len(times)
             texts = sum(len(frame_text(number, time)) for number, time in enumerate(times))
             subtitles = min(subtitle_tokens, config.max_subtitle_tokens)
-            return _BOS_TOKENS + len(times) * (rows * columns + 2) + texts + subtitles, len(times)
+            return _BOS_TOKENS + len(times) * rows * columns + around + texts + subtitles, len(times)
 
 
 def _images_bound(

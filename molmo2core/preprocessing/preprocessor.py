@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from molmo2core.annotations import Annotation
 from molmo2core.errors import DataError
 from molmo2core.examples import Example, TokenizedExample
 from molmo2core.message_tree.config import Weighting
@@ -14,6 +15,7 @@ from molmo2core.preprocessing.chat import encode_dialogue, inference_dialogue, t
 from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
 from molmo2core.preprocessing.randomness import generator
 from molmo2core.preprocessing.root import Root, build_root
+from molmo2core.preprocessing.seen_tracks import as_seen
 from molmo2core.special_tokens import TextTokenizer
 
 
@@ -49,8 +51,9 @@ class Preprocessor:
         key = (self.seed, example.dataset, example.uid, epoch)
         order = first + generator(*key, "branch order", first, last).permutation(last - first)
         tree_branches = []
+        annotations = self._annotations(example)
         for number in order.tolist():
-            annotation = example.annotations[number]
+            annotation = annotations[number]
             rng = generator(*key, "phrasing", number)
             dialogue = training_dialogue(annotation, self.config.style, rng, len(example.media.files))
             tree_branches.append(encode_dialogue(dialogue, annotation.task, self.tokenizer))
@@ -72,13 +75,17 @@ class Preprocessor:
         Raises:
             DataError: the medium does not decode.
         """
-        annotation = example.annotations[annotation_index]
+        annotation = self._annotations(example)[annotation_index]
         dialogue = inference_dialogue(annotation, self.config.style)
         branch = encode_dialogue(dialogue, annotation.task, self.tokenizer)
         root = self._root(example, high_res=False)
         special = self.tokenizer.special
         tree = MessageTree(root_ids=root.ids, branches=(branch,))
         return _tokenized(example, root, linearize_prompt(tree, eos=special.eos, visual=special.visual), [branch])
+
+    def _annotations(self, example: Example) -> tuple[Annotation, ...]:
+        """Tracks are asked for at times that are seen."""
+        return as_seen(example.annotations, example.media.duration_seconds, example.media.fps, self.config)
 
     def _draws_high_res(self, example: Example, epoch: int) -> bool:
         """Whether an image is seen in more crops this time; all parts of a split tree agree."""

@@ -2,7 +2,7 @@
 
 image    <low_res_im_start> <im_patch>.. <im_end> <im_start> (<im_patch>.. <im_col>).. <im_end>
 images   Image 1 [image] Image 2 [image] ...         as text, only if there is more than one
-video    0.0 <im_start> <im_patch>.. <im_end> 0.5 <im_start> ...    times as text
+video    0.0 <im_start> <im_patch>.. <im_end> 0.5 <im_start> ...    times as text; other layouts by `frame_layout`
          subtitle\\n0.0 - 1.5 words\\n ...            lines as text, whole lines up to the limit
 none     nothing
 """
@@ -17,7 +17,8 @@ import numpy as np
 from molmo2core.errors import DataError
 from molmo2core.examples import ByteArray, Example, IntArray, Media, Subtitle
 from molmo2core.image_decoding import decode_image
-from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
+from molmo2core.preprocessing.config import FrameLayout, PreprocessingConfig, VisualGeometry
+from molmo2core.preprocessing.frame_times import sampled_times, shown_instants, tracking_grid
 from molmo2core.preprocessing.image import (
     choose_tiling,
     image_crops,
@@ -25,8 +26,9 @@ from molmo2core.preprocessing.image import (
     low_res_grid,
     pooled_grid,
 )
-from molmo2core.preprocessing.video import decode_frames, frame_grid, frame_patches, frame_times, video_pooling
+from molmo2core.preprocessing.video import frame_grid, frame_patches, video_pooling
 from molmo2core.special_tokens import SpecialTokens, TextTokenizer
+from molmo2core.video_decoding import decode_frames
 
 SUBTITLE_HEADER = "subtitle\n"
 _SUBTITLE_REACH_SECONDS = 1.0
@@ -56,7 +58,7 @@ def build_root(
     """Decode the medium of `example` and lay it out.
 
     Args:
-        example: its annotations are not looked at.
+        example: of its annotations, only tracks count: they settle at which times a video is looked at.
         geometry: of crops and pooling.
         config: limits.
         tokenizer: for numbers, times and subtitles.
@@ -72,7 +74,7 @@ def build_root(
         case "image" | "images":
             return _image_root(where, media, geometry, config, tokenizer, high_res)
         case "video":
-            return _video_root(where, media, geometry, config, tokenizer)
+            return _video_root(where, example, geometry, config, tokenizer)
 
 
 def image_ids(tiling: tuple[int, int], geometry: VisualGeometry, special: SpecialTokens) -> IntArray:
@@ -86,14 +88,28 @@ def image_ids(tiling: tuple[int, int], geometry: VisualGeometry, special: Specia
     return np.concatenate([low, start, lines.reshape(-1), end])
 
 
-def frame_ids(number: int, time: float, geometry: VisualGeometry, tokenizer: TextTokenizer) -> IntArray:
-    """Token ids of the frame called `number` (from 0), which shows the video at `time` seconds."""
+def video_ids(
+    times: Sequence[float], layout: FrameLayout, geometry: VisualGeometry, tokenizer: TextTokenizer
+) -> IntArray:
+    """Token ids of the frames at `times` (seconds), each behind its time."""
     rows, columns = frame_grid(geometry)
     special = tokenizer.special
     patches = [special.im_patch] * (rows * columns)
-    return np.array(
-        [*tokenizer.encode_text(frame_text(number, time)), special.im_start, *patches, special.im_end], np.int32
-    )
+    match layout:
+        case "image_tokens":
+            before, after = [special.im_start], [special.im_end]
+        case "frame_tokens":
+            before, after = [special.frame_start], [special.frame_end]
+        case "frame_tokens_around_video":
+            before, after = [], []
+    frames = [
+        token
+        for number, time in enumerate(times)
+        for token in (*tokenizer.encode_text(frame_text(number, time)), *before, *patches, *after)
+    ]
+    if layout == "frame_tokens_around_video":
+        frames = [special.frame_start, *frames, special.frame_end]
+    return np.array(frames, np.int32)
 
 
 def frame_text(number: int, time: float) -> str:
@@ -153,14 +169,19 @@ def _image_root(
 
 
 def _video_root(
-    where: str, media: Media, geometry: VisualGeometry, config: PreprocessingConfig, tokenizer: TextTokenizer
+    where: str, example: Example, geometry: VisualGeometry, config: PreprocessingConfig, tokenizer: TextTokenizer
 ) -> Root:
+    media = example.media
     if len(media.files) != 1:
         raise DataError(where, found=f"{len(media.files)} video files", expected="one")
-    times = frame_times(media.duration_seconds, config.max_frames, config.max_fps)
-    crops = frame_patches(decode_frames(media.files[0], times, where), geometry)
-    ids = [frame_ids(number, time, geometry, tokenizer) for number, time in enumerate(times)]
-    ids.append(subtitle_ids(media.subtitles, times, config.max_subtitle_tokens, tokenizer))
+    grid_fps = tracking_grid(example.annotations)
+    times = sampled_times(media.duration_seconds, config, fps=media.fps, grid_fps=grid_fps)
+    instants = [media.clip_start_seconds + time for time in shown_instants(times, config, media.fps)]
+    crops = frame_patches(decode_frames(media.files[0], instants, where), len(times), geometry)
+    ids = [
+        video_ids(times, config.frame_layout, geometry, tokenizer),
+        subtitle_ids(media.subtitles, times, config.max_subtitle_tokens, tokenizer),
+    ]
     return _joined(ids, [crops], [video_pooling(len(times), geometry)], geometry, tokenizer)
 
 

@@ -1,8 +1,8 @@
 """Example <-> sample of an MDS shard.  Media stay as delivered: no re-encoding, no pickle.
 
 Columns: `uid`, `dataset`, `split`, `kind` (str), `media` (bytes: the files in one frame, below), `meta` (JSON: sizes,
-duration, subtitles), `annotations` (bytes: JSON of manifest.schema).  streaming passes `bytes` through unchecked, so
-reading checks.
+duration, frame rate, start of the clip, subtitles), `annotations` (bytes: JSON of manifest.schema).  streaming passes
+`bytes` through unchecked, so reading checks.
 
 Frame of several files: u32 count, count x u64 length, then the files; all little-endian.
 """
@@ -49,6 +49,8 @@ def sample_from_example(example: Example) -> dict[str, str | bytes]:
     meta = {
         "sizes": media.sizes,
         "duration_seconds": media.duration_seconds,
+        "fps": media.fps,
+        "clip_start_seconds": media.clip_start_seconds,
         "subtitles": [[line.start, line.end, line.text] for line in media.subtitles],
     }
     return {
@@ -80,6 +82,8 @@ def example_from_sample(sample: Mapping[str, Any]) -> Example:
                 files=unframe_files(sample["media"]),
                 sizes=tuple((width, height) for width, height in meta["sizes"]),
                 duration_seconds=meta["duration_seconds"],
+                fps=meta["fps"],
+                clip_start_seconds=meta["clip_start_seconds"],
                 subtitles=tuple(Subtitle(start=start, end=end, text=text) for start, end, text in meta["subtitles"]),
             ),
             annotations=annotations_from_json(sample["annotations"]),

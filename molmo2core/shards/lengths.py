@@ -33,6 +33,10 @@ class SampleLengths:
     sizes: tuple[tuple[int, int], ...]
     """Displayed (width, height) of each file."""
     duration_seconds: float
+    fps: float = 0.0
+    """Of a video, as measured."""
+    grid_fps: float = 0.0
+    """Of a video with tracks: preprocessing.frame_times.tracking_grid."""
     subtitle_tokens: int
     branch_tokens: tuple[tuple[int, ...], ...]
     """Upper bound of all tokens that each annotation adds, in each of preprocessing.config.STYLES."""
@@ -50,6 +54,10 @@ class LengthsTable:
     """[N+1] files of sample i: sizes[size_offsets[i]:size_offsets[i + 1]]."""
     duration: npt.NDArray[np.float64]
     """[N] seconds.  Not rounded to float32: a bound on frames must see the very number that the decoder sees."""
+    fps: npt.NDArray[np.float64]
+    """[N] frames per second."""
+    grid_fps: npt.NDArray[np.float64]
+    """[N]"""
     subtitle_tokens: npt.NDArray[np.int32]
     """[N]"""
     branch_tokens: npt.NDArray[np.int32]
@@ -73,6 +81,8 @@ class LengthsTable:
             kind=KINDS[self.kind[index]],
             sizes=tuple((int(width), int(height)) for width, height in files),
             duration_seconds=float(self.duration[index]),
+            fps=float(self.fps[index]),
+            grid_fps=float(self.grid_fps[index]),
             subtitle_tokens=int(self.subtitle_tokens[index]),
             branch_tokens=tuple(map(tuple, branches.tolist())),
         )
@@ -91,6 +101,8 @@ def build_table(rows: Sequence[SampleLengths], shard_samples: Sequence[int]) -> 
         sizes=np.array([size for row in rows for size in row.sizes], np.int32).reshape(-1, 2),
         size_offsets=_offsets([len(row.sizes) for row in rows]),
         duration=np.array([row.duration_seconds for row in rows], np.float64),
+        fps=np.array([row.fps for row in rows], np.float64),
+        grid_fps=np.array([row.grid_fps for row in rows], np.float64),
         subtitle_tokens=np.array([row.subtitle_tokens for row in rows], np.int32),
         branch_tokens=np.array([tokens for row in rows for tokens in row.branch_tokens], np.int32).reshape(
             -1, len(STYLES)

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from molmo2core import storage
+from molmo2core.annotations import Annotation
 from molmo2core.errors import DataError, PlatformError
 from molmo2core.examples import Example
 from molmo2core.preprocessing.branch_lengths import annotation_tokens_bounds
+from molmo2core.preprocessing.frame_times import tracking_grid
 from molmo2core.preprocessing.lengths import subtitle_tokens
+from molmo2core.preprocessing.seen_tracks import possibly_seen
 from molmo2core.shards import index, lengths
 from molmo2core.shards.config import ShardsConfig
 from molmo2core.shards.encoding import COLUMNS, sample_from_example
@@ -88,6 +91,14 @@ def sample_lengths(example: Example, tokenizer: TextTokenizer) -> SampleLengths:
         kind=example.media.kind,
         sizes=example.media.sizes,
         duration_seconds=example.media.duration_seconds,
+        fps=example.media.fps,
+        grid_fps=tracking_grid(example.annotations),
         subtitle_tokens=subtitle_tokens(example.media, tokenizer),
-        branch_tokens=tuple(annotation_tokens_bounds(item, tokenizer, num_images) for item in example.annotations),
+        branch_tokens=tuple(_branch_tokens(item, tokenizer, num_images) for item in example.annotations),
     )
+
+
+def _branch_tokens(annotation: Annotation, tokenizer: TextTokenizer, num_images: int) -> tuple[int, ...]:
+    """Bound of one branch in each style, as any stage may see it."""
+    seen = (annotation_tokens_bounds(item, tokenizer, num_images) for item in possibly_seen(annotation))
+    return tuple(map(max, zip(*seen, strict=True)))

@@ -95,6 +95,8 @@ def dataset_lengths(ref: ShardsRef, proportion: float, section: PlanSection) -> 
             section.geometry,
             section.preprocessing,
             high_res=ref.dataset in section.preprocessing.high_res.datasets,
+            fps=row.fps,
+            grid_fps=row.grid_fps,
         )
     )
     # uid and branches blanked, so that samples with equal media share one computation

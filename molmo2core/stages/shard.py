@@ -25,7 +25,7 @@ from molmo2core.shards.writer import write_shards
 from molmo2core.special_tokens import load_tokenizer, tokenizer_digest
 from molmo2core.stages.report import StageReport
 
-FORMAT = 2
+FORMAT = 3
 """Version of what this stage writes: part of the key."""
 
 

@@ -30,7 +30,7 @@ from molmo2core.references import ManifestsRef, write_reference
 from molmo2core.sources.shapes import make_corpus
 from molmo2core.stages.report import StageReport
 
-FORMAT = 2
+FORMAT = 3
 """Version of what this stage writes and of its rules: part of the key."""
 
 

@@ -24,8 +24,8 @@ from molmo2core.checkpoints.processor_files import write_processor_files
 from molmo2core.examples import Example, Media, Subtitle, TokenizedExample
 from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
 from molmo2core.preprocessing.preprocessor import Preprocessor
-from molmo2core.preprocessing.video import decode_frames
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
+from molmo2core.video_decoding import decode_frames
 
 GEOMETRIES = {"released": VisualGeometry(), "tiny": VisualGeometry(crop_size=54, patch_size=6, overlap_margins=(1, 1))}
 CONFIG = PreprocessingConfig(max_crops=4, max_frames=8)

@@ -27,6 +27,7 @@ from molmo2core.errors import DataError, PlatformError
 from molmo2core.examples import Example, Media, Subtitle
 from molmo2core.preprocessing.branch_lengths import annotation_tokens_bounds
 from molmo2core.preprocessing.lengths import subtitle_tokens
+from molmo2core.preprocessing.seen_tracks import possibly_seen
 from molmo2core.shards import encoding
 from molmo2core.shards.config import ShardsConfig
 from molmo2core.shards.encoding import example_from_sample, frame_files, sample_from_example, unframe_files
@@ -126,7 +127,10 @@ def test_side_table_tells_what_the_preprocessor_would(tmp_path: Path) -> None:
         assert (row.uid, row.kind, row.sizes) == (example.uid, example.media.kind, example.media.sizes)
         assert row.duration_seconds == example.media.duration_seconds
         assert row.subtitle_tokens == subtitle_tokens(example.media, tiny_tokenizer())
-        assert row.branch_tokens == tuple(annotation_tokens_bounds(a, tiny_tokenizer()) for a in example.annotations)
+        bounds = [
+            [annotation_tokens_bounds(s, tiny_tokenizer()) for s in possibly_seen(a)] for a in example.annotations
+        ]
+        assert row.branch_tokens == tuple(tuple(map(max, zip(*seen, strict=True))) for seen in bounds)
     assert table.row(12).subtitle_tokens > 0
     assert np.all(np.diff(table.branch_offsets) > 0)
 

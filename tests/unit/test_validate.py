@@ -129,6 +129,9 @@ def bad_rows(corpus: Path, folder: Path) -> dict[str, tuple[str, Row | bytes, st
         tracking = {"task": "tracking", "label": "x", "sampling_fps": fps, "tracks": listed, "form": form}
         return video | {"annotations": [tracking]}
 
+    def clipped(row: Row, start: float, end: float) -> Row:
+        return row | {"media": row["media"] | {"clip": {"start": start, "end": end}}}
+
     def captioned(**values: Any) -> Row:
         return video | {"annotations": [{"task": "video_caption", "text": "A circle."} | values]}
 
@@ -198,6 +201,11 @@ def bad_rows(corpus: Path, folder: Path) -> dict[str, tuple[str, Row | bytes, st
         "too late": ("time_outside", point(video, time=99.0), "99 s; expected 0 to"),
         "caption too late": ("time_outside", captioned(start=0.5, end=99.0), "annotations[0].end: 99 s"),
         "too early": ("time_outside", point(video, time=-0.5), "-0.5 s"),
+        "clip of an image": ("clip", clipped(image, 0.0, 1.0), "a clip of media of kind 'image'"),
+        "clip backwards": ("clip", clipped(video, 1.0, 1.0), "0 <= start < end"),
+        "clip before the start": ("clip", clipped(video, -0.5, 1.0), "start -0.5, end 1"),
+        "clip beyond the end": ("clip", clipped(video, 0.5, 99.0), "the length of the video"),
+        "time beyond the clip": ("time_outside", clipped(point(video, time=0.8), 0.5, 1.0), "0 to 0.5 s"),
         "back in time": ("track_order", tracks([1.0, 0.5]), "[1.0, 0.5]"),
         "twice at once": ("track_order", tracks([0.5, 0.5]), "[0.5, 0.5]"),
         "same object": ("object_ids", tracks([0.5], [1.0], ids=(3, 3)), "object_id 3 2 times"),
