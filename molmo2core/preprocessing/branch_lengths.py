@@ -33,7 +33,7 @@ from molmo2core.preprocessing.styles import (
     style_prefix,
 )
 from molmo2core.preprocessing.templates import Family, Fields, Pieces, Slot, cut
-from molmo2core.preprocessing.tracking import visible_positions
+from molmo2core.preprocessing.tracking import num_queries
 from molmo2core.special_tokens import TextTokenizer
 
 Counter = Callable[[str], int]
@@ -114,9 +114,9 @@ def _longest_selections(annotation: Annotation, style: Style, num_images: int) -
         return
     if wording.is_divisible(annotation) and num_images > 1:
         yield wording.Selection(images=tuple(range(1, num_images + 1)))
-    if isinstance(annotation, Tracking) and annotation.form == "single_point" and annotation.tracks:
-        drawn = range(len(visible_positions(annotation.tracks[0])) - 1)
-        longest = max(drawn, key=lambda query: len(wording.query_text(annotation, query)), default=0)
+    if isinstance(annotation, Tracking) and annotation.form == "single_point":
+        shown = range(num_queries(annotation))
+        longest = max(shown, key=lambda query: len(wording.query_text(annotation, query)), default=0)
         yield wording.Selection(query=longest)
 
 

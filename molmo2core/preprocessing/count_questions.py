@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 
 _ASKS = re.compile(
-    r"\bhow many\b|\bcount (?:all|every|each|the|up)\b|\bnumber of\b|\b(?:there (?:is|are)|a total of) _{2,}|\btotal of _{2,}"
+    r"\bhow many\b|\bcount (?:all|every|each|the|up)\b|\bnumber of\b|\b(?:there (?:is|are)|total of) _{2,}"
 )
 _MEASURES = re.compile(
-    r"\bhow many (?:more |of )?(?:seconds|minutes|hours|days|weeks|months|years|decades|times|degrees|percent|percentage|"
-    r"calories|grams?|kilograms?|kilos|pounds|ounces|tons|liters?|litres?|gallons|cups|inches|feet|yards|miles|meters?|"
-    r"metres?|kilometers?|kilometres?|centimeters?|dollars|euros|cents|points|votes|megabytes|gigabytes|watts|volts)\b"
+    r"\bhow many (?:more |of )?"
+    r"(?:seconds|minutes|hours|days|weeks|months|years|decades|times|degrees|percent|percentage|calories|grams?|"
+    r"kilograms?|kilos|pounds|ounces|tons|liters?|litres?|gallons|cups|inches|feet|yards|miles|meters?|metres?|"
+    r"kilometers?|kilometres?|centimeters?|dollars|euros|cents|points|votes|megabytes|gigabytes|watts|volts)\b"
 )
 
 

@@ -37,6 +37,13 @@ def answered_tracks(tracking: Tracking, query: int = 0) -> tuple[Track, ...]:
     return tuple(answered)
 
 
+def num_queries(tracking: Tracking) -> int:
+    """How many of the first visible positions of the first track can be shown so that the answer has a position."""
+    seen = visible_positions(tracking.tracks[0]) if tracking.tracks else ()
+    last = max((p.time for p in seen if on_sampling_grid(p.time, tracking.sampling_fps)), default=-1.0)
+    return sum(position.time < last for position in seen)
+
+
 def query_position(tracking: Tracking, query: int = 0) -> TrackPosition | None:
     """The visible position number `query` of the first track; None if it has no such position."""
     seen = visible_positions(tracking.tracks[0]) if tracking.tracks else ()

@@ -31,7 +31,7 @@ from molmo2core.preprocessing.count_questions import asks_for_count
 from molmo2core.preprocessing.points import ReplyForm, format_answer, format_points, format_tracks
 from molmo2core.preprocessing.styles import style_of
 from molmo2core.preprocessing.templates import Family, Fields, Pieces
-from molmo2core.preprocessing.tracking import answered_tracks, query_position, visible_positions
+from molmo2core.preprocessing.tracking import answered_tracks, num_queries, query_position
 
 FEW = 3
 ALL_IMAGES_PROBABILITY = 0.5
@@ -164,11 +164,10 @@ def draw_selection(annotation: Annotation, style: Style, num_images: int, rng: n
             return EVERYTHING
         number = int(rng.integers(1, num_images + 1))
         return Selection(images=tuple((rng.permutation(num_images)[:number] + 1).tolist()))
-    if isinstance(annotation, Tracking) and annotation.form == "single_point" and annotation.tracks:
-        # Not the last one: after it there would be nothing to follow.
-        num_shown = len(visible_positions(annotation.tracks[0])) - 1
-        if num_shown > 1 and rng.random() >= FIRST_POSITION_PROBABILITY:
-            return Selection(query=int(rng.integers(num_shown)))
+    if isinstance(annotation, Tracking) and annotation.form == "single_point":
+        shown = num_queries(annotation)
+        if shown > 1 and rng.random() >= FIRST_POSITION_PROBABILITY:
+            return Selection(query=int(rng.integers(shown)))
     return EVERYTHING
 
 
