@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from molmo2core.annotations import MediaKind
 
 Style = Literal["style_and_length_v2", "demo_or_style_v2", "few_phrasings"]
-"""How prompts are worded (wording.py): stage 1; stages 2-3 and inference (model.md 6.4); and as the latter, but with few
-templates, for models that are too small to learn many."""
+"""How prompts are worded (wording.py): stage 1; stages 2-3 and inference (model.md 6.4); and as the latter, but with
+few templates, for models that are too small to learn many."""
 STYLES: tuple[Style, ...] = get_args(Style)
 
 FrameLayout = Literal["image_tokens", "frame_tokens", "frame_tokens_around_video"]
