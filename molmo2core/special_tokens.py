@@ -66,7 +66,8 @@ class SpecialTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokens:
-    """Names of the tokens that begin, end and pad text: Qwen's, where BOS is the EOS (model.md 0.14)."""
+    """Names of the tokens that begin, end and pad text.  Qwen's are the defaults, for tokenizers made here; those of a
+    folder are read from its files."""
 
     bos: str = CHAT_END
     eos: str = CHAT_END
@@ -161,10 +162,10 @@ class TextTokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> TextTokenizer:
-    """Load `tokenizer.json` of a local folder, with the BOS, EOS and padding that `tokenizer_config.json` names.
+    """Load `tokenizer.json` of a local folder, with the BOS, EOS and padding that the files beside it name.
 
     Raises:
-        DataError: the file is missing or lacks a special token.
+        DataError: a file is missing or lacks a special token.
     """
     path = _tokenizer_file(Path(folder))
     backend = Tokenizer.from_file(str(path))
@@ -185,22 +186,33 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def read_text_tokens(folder: Path) -> TextTokens:
-    """The text tokens of `tokenizer_config.json`; Qwen's where it, or its entry, is missing.  No BOS means the EOS.
+    """The text tokens that a tokenizer's files name; where they name no BOS, it is the EOS (model.md 3.5).
 
-    Molmo2-O-7B begins with another token than it ends with (model.md 3.5).
+    Never assumed: Molmo2-O-7B begins with another token than it ends with, and pads with a third.
 
     Raises:
-        DataError: the file is no JSON object.
+        DataError: no file names the EOS or the padding, or a file is no JSON object.
     """
-    path = folder / "tokenizer_config.json"
+    names = _named_tokens(folder / "special_tokens_map.json") | _named_tokens(folder / "tokenizer_config.json")
+    for kind in ("eos", "pad"):
+        if kind not in names:
+            raise DataError(
+                str(folder / "tokenizer_config.json"),
+                found=f"no {kind}_token, neither here nor in special_tokens_map.json",
+                expected="the name of a token",
+                mend="copy these files from where tokenizer.json comes from",
+            )
+    return TextTokens(bos=names.get("bos", names["eos"]), eos=names["eos"], pad=names["pad"])
+
+
+def _named_tokens(path: Path) -> dict[str, str]:
+    """Names by kind (bos, eos, pad) as far as a file has them: plain, or within an object (older files)."""
     try:
         config = json.loads(path.read_text()) if path.is_file() else {}
         named = {kind: config.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
-    except (ValueError, AttributeError) as error:
+        return {kind: value["content"] if isinstance(value, dict) else value for kind, value in named.items() if value}
+    except (ValueError, AttributeError, KeyError) as error:
         raise DataError(str(path), found=f"not a tokenizer's configuration ({error})") from error
-    names = {kind: value["content"] if isinstance(value, dict) else value for kind, value in named.items() if value}
-    eos = names.get("eos", CHAT_END)
-    return TextTokens(bos=names.get("bos", eos), eos=eos, pad=names.get("pad", TEXT_PAD))
 
 
 def _tokenizer_file(folder: Path) -> Path:

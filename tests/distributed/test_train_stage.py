@@ -31,6 +31,7 @@ from molmo2core.references import CheckpointRef, PackPlanRef, ShardsRef, read_re
 from molmo2core.shards.config import ShardsConfig
 from molmo2core.shards.mixture import MixtureGroup
 from molmo2core.shards.writer import write_shards
+from molmo2core.sources.shapes_tokenizer import save_tokenizer
 from molmo2core.special_tokens import tokenizer_digest
 from molmo2core.stages import plan, train
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
@@ -71,9 +72,8 @@ def examples() -> list[Example]:
 
 def new_workspace(workspace: Path) -> None:
     """Tokenizer, shards and a plan for STEPS steps of two packs."""
-    (workspace / "tokenizer").mkdir(parents=True)
     tokenizer = tiny_tokenizer()
-    tokenizer.backend.save(str(workspace / "tokenizer" / "tokenizer.json"))
+    save_tokenizer(tokenizer.backend, workspace / "tokenizer")
     config = ShardsConfig(shard_bytes=1 << 20)
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def test_a_ranks_error_is_the_stages_error(trained: tuple[Path, CheckpointRef], 
     Also catches training with another tokenizer than the one that lengths were measured with.
     """
     workspace, _ = trained
-    storage.write_bytes(str(workspace / "other" / "tokenizer.json"), tiny_tokenizer(800).backend.to_str().encode())
+    save_tokenizer(tiny_tokenizer(800).backend, workspace / "other")
     section = replace(section_in(workspace), tokenizer=tokenizer)
     (workspace / "bad.json").write_text(to_json(section))
     command = [sys.executable, "-m", "molmo2core.stages.train", "--section", str(workspace / "bad.json")]

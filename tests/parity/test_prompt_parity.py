@@ -24,6 +24,7 @@ from molmo2core.checkpoints.processor_files import write_processor_files
 from molmo2core.examples import Example, Media, Subtitle, TokenizedExample
 from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
 from molmo2core.preprocessing.preprocessor import Preprocessor
+from molmo2core.sources.shapes_tokenizer import save_tokenizer
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 from molmo2core.video_decoding import decode_frames
 
@@ -39,8 +40,7 @@ def geometry(request: pytest.FixtureRequest) -> VisualGeometry:
 @pytest.fixture
 def oracle(tmp_path: Path, geometry: VisualGeometry) -> Molmo2Processor:
     tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    tiny_tokenizer().backend.save(str(tokenizer / "tokenizer.json"))
+    save_tokenizer(tiny_tokenizer().backend, tokenizer)
     write_processor_files(tmp_path, tokenizer, geometry, CONFIG)
     return Molmo2Processor.from_pretrained(tmp_path)
 

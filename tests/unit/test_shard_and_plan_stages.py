@@ -26,6 +26,7 @@ from molmo2core.references import ManifestsRef, PackPlanRef, ShardsRef, read_ref
 from molmo2core.shards.config import ShardsConfig
 from molmo2core.shards.mixture import MixtureGroup
 from molmo2core.shards.reader import ExampleReader
+from molmo2core.sources.shapes_tokenizer import save_tokenizer
 from molmo2core.special_tokens import load_tokenizer
 from molmo2core.stages import plan, shard
 from molmo2core.testing.tiny_examples import image_examples, text_examples
@@ -71,8 +72,9 @@ class Workspace:
         self.section = ShardSection(
             workspace=uri, shards=ShardsConfig(shard_bytes=30_000), tokenizer="corpus/tokenizer"
         )
-        tokenizer = tiny_tokenizer().backend.to_str().encode()
-        storage.write_bytes(storage.join(uri, "corpus", "tokenizer", "tokenizer.json"), tokenizer)
+        save_tokenizer(tiny_tokenizer().backend, references / "tokenizer")
+        for file in (references / "tokenizer").iterdir():
+            storage.write_bytes(storage.join(uri, "corpus", "tokenizer", file.name), file.read_bytes())
 
         def fill(folder: Path) -> dict[str, str]:
             for name, examples in EXAMPLES.items():
