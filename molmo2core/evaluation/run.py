@@ -141,7 +141,8 @@ def _ask(
     )
     answers = []
     for example, question, prompt, text, blind_text in zip(asked, questions, prompts, seen, blind, strict=True):
-        annotation, sizes = example.annotations[question.annotation_index], example.media.sizes
+        annotation = model.preprocessor.seen_annotations(example)[question.annotation_index]
+        sizes = example.media.sizes
         answers.append(
             Answer(
                 question=question,

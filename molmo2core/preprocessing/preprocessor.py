@@ -51,7 +51,7 @@ class Preprocessor:
         key = (self.seed, example.dataset, example.uid, epoch)
         order = first + generator(*key, "branch order", first, last).permutation(last - first)
         tree_branches = []
-        annotations = self._annotations(example)
+        annotations = self.seen_annotations(example)
         for number in order.tolist():
             annotation = annotations[number]
             rng = generator(*key, "phrasing", number)
@@ -75,7 +75,7 @@ class Preprocessor:
         Raises:
             DataError: the medium does not decode.
         """
-        annotation = self._annotations(example)[annotation_index]
+        annotation = self.seen_annotations(example)[annotation_index]
         dialogue = inference_dialogue(annotation, self.config.style)
         branch = encode_dialogue(dialogue, annotation.task, self.tokenizer)
         root = self._root(example, high_res=False)
@@ -83,8 +83,8 @@ class Preprocessor:
         tree = MessageTree(root_ids=root.ids, branches=(branch,))
         return _tokenized(example, root, linearize_prompt(tree, eos=special.eos, visual=special.visual), [branch])
 
-    def _annotations(self, example: Example) -> tuple[Annotation, ...]:
-        """Tracks are asked for at times that are seen."""
+    def seen_annotations(self, example: Example) -> tuple[Annotation, ...]:
+        """The annotations as they are asked for and answered: tracks at times that are seen."""
         return as_seen(example.annotations, example.media.duration_seconds, example.media.fps, self.config)
 
     def _draws_high_res(self, example: Example, epoch: int) -> bool:

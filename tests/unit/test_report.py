@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from typing import get_args
 
 import av
 import numpy as np
@@ -20,6 +21,7 @@ from molmo2core.annotations import (
     Pointing,
     QuestionAnswer,
     Track,
+    TrackForm,
     Tracking,
     TrackPosition,
     Turn,
@@ -30,6 +32,7 @@ from molmo2core.evaluation.report import DrawnAnswer, build_report, choose_drawn
 from molmo2core.evaluation.run import Answer, Question
 from molmo2core.evaluation.tasks import Score, average_scores, score_answer
 from molmo2core.examples import Example, Media
+from molmo2core.preprocessing.chat import reply_of
 
 GREY = np.full((60, 120, 3), 128, dtype=np.uint8)
 
@@ -249,6 +252,60 @@ def test_answers_are_scored_by_the_form_of_their_annotation(
     score = score_answer(annotation, answer, SIZES)
     assert {name: score.measures[name] for name in measures} == measures
     assert score.parse_failed is failed
+
+
+CAT = Point(x=0.25, y=0.5, image=2)
+GOAL = Point(x=0.25, y=0.5, time=1.5)
+MOVES = tuple(TrackPosition(time=n / 2, x=0.1 + n / 10, y=0.5) for n in range(6))
+RIGHTLY_ANSWERED: list[Annotation] = [
+    COLOUR,
+    CHOICE,
+    QuestionAnswer(task="image_qa", question="?", answer="red", explanation="It glows."),
+    QuestionAnswer(task="image_qa", question="?", answer="red", options=("blue", "red"), explanation="It glows.\nSo."),
+    COUNTING,
+    NOTHING,
+    VIDEO,
+    Pointing(task="multi_image_pointing", label="x", points=(CAT,)),
+    Pointing(task="multi_image_counting", label="x", points=(CAT,)),
+    Pointing(task="multi_image_counting", label="x", points=(CAT,), count_form="count_then_point"),
+    Pointing(task="video_counting", label="x", points=(GOAL,)),
+    Pointing(task="video_counting", label="x", points=(GOAL,), count_form="count"),
+    Pointing(task="video_counting", label="x"),
+    Pointing(task="image_counting", label="x", count=140, count_form="count"),
+    Pointing(task="image_counting", label="x", count_form="count"),
+    NO_TRACKS,
+    *(
+        Tracking(task="tracking", label="x", sampling_fps=1, tracks=(Track(object_id=3, positions=MOVES),), form=form)
+        for form in get_args(TrackForm)
+    ),
+    TALK,
+]
+
+
+@pytest.mark.parametrize("annotation", RIGHTLY_ANSWERED)
+def test_the_trained_reply_gets_full_marks(annotation: Annotation) -> None:
+    """Would catch an evaluation that expects another form of answer than training teaches."""
+    score = score_answer(annotation, reply_of(annotation), [(100, 100)] * 2)
+    assert score.measures and set(score.measures.values()) == {1.0}, score
+    assert not score.parse_failed
+
+
+@pytest.mark.parametrize(
+    ("annotation", "answer", "measures"),
+    [
+        (RIGHTLY_ANSWERED[13], "141", {"accuracy": 0.0}),
+        (RIGHTLY_ANSWERED[13], "There are 140 leaves.", {"accuracy": 1.0}),
+        (RIGHTLY_ANSWERED[10], '<points coords="1.5 1 250 500">x</points>', {"accuracy": 0.0, "points_accuracy": 1.0}),
+        (RIGHTLY_ANSWERED[10], "Counting the " + "<points" * 9, {"accuracy": 0.0, "f1": 0.0}),
+        (RIGHTLY_ANSWERED[10], "9" * 6000, {"accuracy": 0.0}),
+        (RIGHTLY_ANSWERED[7], '<points coords="' + "9" * 6000 + ' 1 250 500">', {"f1": 0.0}),
+        (RIGHTLY_ANSWERED[7], '<points coords="999999999999999 1 250 500">', {"f1": 0.0}),
+    ],
+)
+def test_counts_and_runaway_numbers(annotation: Annotation, answer: str, measures: dict[str, float]) -> None:
+    """A model that repeats one digit for ever must not stop an evaluation."""
+    score = score_answer(annotation, answer, [(100, 100)] * 2)
+    assert {name: score.measures[name] for name in measures} == measures
 
 
 def test_averages_are_named_by_task_and_category_and_count_parse_failures() -> None:
