@@ -24,8 +24,12 @@ from molmo2core.errors import DataError, RecipeError, exit_with_message
 from molmo2core.model.config import Size, named_config
 
 if TYPE_CHECKING:
+    from molmo2core.checkpoints.model_card import Lineage
     from molmo2core.checkpoints.verify import Verification
     from molmo2core.model.molmo2 import Molmo2
+
+_PARTS = ("source", "decoder", "vision_encoder")
+"""Arguments of `import` that name weights."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,8 +53,7 @@ def _import(options: argparse.Namespace) -> None:
 
     def fill(folder: Path) -> dict[str, Any]:
         save_weights(folder, model, model.config, to_stderr)
-        names = ("source", "size", "decoder", "vision_encoder", "seed")
-        return {"imported_from": {name: getattr(options, name) for name in names}}
+        return {"imported_from": {name: getattr(options, name) for name in (*_PARTS, "size", "seed")}}
 
     storage.commit_folder(options.output, fill)
     print(f"{options.output}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, float32")
@@ -79,7 +82,6 @@ def _imported(options: argparse.Namespace) -> Molmo2:
 def _export(options: argparse.Namespace) -> None:
     from molmo2core.checkpoints.export_hf import export_model
     from molmo2core.checkpoints.fetch import TOKENIZER_FILES, fetched_folder
-    from molmo2core.checkpoints.model_card import Lineage
     from molmo2core.checkpoints.reference import load_weights
     from molmo2core.checkpoints.verify import verify_export
     from molmo2core.checkpoints.weight_files import to_stderr
@@ -96,8 +98,8 @@ def _export(options: argparse.Namespace) -> None:
         def fill(folder: Path) -> dict[str, Any]:
             model = load_weights(weights, to_stderr)
             export_model(
-                folder, model, tokenizer, export=export, preprocessing=preprocessing, lineage=Lineage(),
-                progress=to_stderr,
+                folder, model, tokenizer, export=export, preprocessing=preprocessing,
+                lineage=_recorded_lineage(weights), progress=to_stderr,
             )  # fmt: skip
             del model
             verified.append(verify_export(folder, weights, tolerance=export.logit_tolerance, progress=to_stderr))
@@ -105,6 +107,22 @@ def _export(options: argparse.Namespace) -> None:
 
         storage.commit_folder(options.output, fill)
     _print_verification(options.output, verified[0])
+
+
+def _recorded_lineage(weights: Path) -> Lineage:
+    """What the weights' folder says about itself: a stage's name, or what `import` read."""
+    from molmo2core.checkpoints.model_card import Lineage
+
+    if not storage.is_committed(str(weights)):
+        return Lineage()
+    committed = storage.open_committed(str(weights))
+    imported = committed.meta.get("imported_from", {})
+    return Lineage(
+        checkpoint_digest=committed.digest,
+        stage=committed.meta.get("stage", ""),
+        step=int(committed.meta.get("facts", {}).get("steps", 0)),
+        base_models=tuple((part, imported[part]) for part in _PARTS if imported.get(part)),
+    )
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -77,7 +77,7 @@ def _hub_folder(uri: str, hub_files: tuple[str, ...]) -> Path:
     except LocalEntryNotFoundError as error:
         raise PlatformError(
             uri,
-            found="not in the local cache, and the hub cannot be reached",
+            found=f"not in the local cache, and the hub did not answer ({str(error).splitlines()[0]})",
             mend="connect, unset HF_HUB_OFFLINE, or copy the files here and give their folder",
         ) from error
     except (HfHubHTTPError, OSError) as error:

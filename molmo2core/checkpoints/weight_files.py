@@ -89,7 +89,7 @@ class WeightFiles:
         files = [file for file in self.files if any(self.tensors[name].file == file for name in wanted)]
         for number, file in enumerate(files, start=1):
             size = (self.folder / file).stat().st_size
-            progress(f"reading {self.folder / file}, {size / 1e9:.2f} GB, file {number} of {len(files)}")
+            progress(f"reading {self.folder / file}, {_readable(size)}, file {number} of {len(files)}")
             with _open(self.folder / file) as opened:
                 for name in opened.keys():  # noqa: SIM118  no dict
                     if name in wanted:
@@ -112,7 +112,7 @@ def write_weights(
     for shard in _shards(tensors, shard_bytes):
         path = folder / f"{len(written) + 1}.part"
         size = sum(_bytes(tensor) for tensor in shard.values())
-        progress(f"writing {size / 1e9:.2f} GB to {folder}, file {len(written) + 1}")
+        progress(f"writing file {len(written) + 1}, {_readable(size)}")
         try:
             save_file(shard, path, metadata={"format": "pt"})
         except SafetensorError as error:  # no OSError, whatever the disk said
@@ -152,6 +152,10 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator
         size += _bytes(tensor)
     if shard:
         yield shard
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _bytes(tensor: Tensor) -> int:
