@@ -30,15 +30,16 @@ def _interpolate(pixels: FloatArray, height: int, width: int) -> ByteArray:
 
     torch's kernel is used, because the released processors use it and a sum that ends in .5 rounds by the last bit of
     its float: four products added in torch's order, fused where the processor can.  Given channels last it writes the
-    same bits as given planes, in half the time and without turning the image around.
+    same bits as given planes, in half the time and without turning the image around.  The floats come from numpy, which
+    asks for huge pages: for a large image a third of the time of torch's own conversion.
     """
     import torch  # here, so that planning, which needs only lengths, does without
     from torch.nn.functional import interpolate
 
     planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # in this order, or torch writes planes
     scaled = interpolate(planes, size=(height, width), mode="bilinear", align_corners=False, antialias=False)
-    result: ByteArray = scaled.round_().to(torch.uint8)[0].permute(1, 2, 0).numpy()
-    return result
+    values: FloatArray = scaled[0].permute(1, 2, 0).numpy()
+    return np.rint(values, out=values).astype(np.uint8)  # as torch rounds; numpy is three times as fast
 
 
 def choose_tiling(

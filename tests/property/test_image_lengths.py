@@ -56,7 +56,7 @@ files = st.builds(
 )
 configs = st.builds(
     PreprocessingConfig,
-    max_crops=st.integers(1, 24),
+    max_crops=st.integers(1, 8),
     max_set_crops=st.integers(1, 24),
     max_images=st.just(6),
     thin_images=st.sampled_from(["as_trained", "as_released_processors"]),
