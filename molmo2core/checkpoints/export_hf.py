@@ -15,9 +15,10 @@ from molmo2core.checkpoints.model_card import Lineage, model_card
 from molmo2core.checkpoints.processor_files import write_json, write_processor_files
 from molmo2core.checkpoints.weight_files import Progress, silent, write_weights
 from molmo2core.errors import CheckpointError
+from molmo2core.model.config import ModelConfig
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.preprocessing.config import PreprocessingConfig
-from molmo2core.special_tokens import SpecialTokens, load_tokenizer
+from molmo2core.special_tokens import EXTRA_TOKENS, IM_PATCH, SpecialTokens, load_tokenizer
 
 
 def export_model(
@@ -40,7 +41,7 @@ def export_model(
         DataError: the tokenizer is missing or lacks a special token.
     """
     special = load_tokenizer(tokenizer).special
-    _check_vocabulary(special, model, tokenizer)
+    check_vocabulary(special, model.config, str(tokenizer))
     write_processor_files(folder, tokenizer, model.config.geometry, preprocessing)
     write_json(folder / "config.json", released_config(model.config, special, dtype=export.dtype))
     write_json(
@@ -57,11 +58,17 @@ def _in_dtype(model: Molmo2, export: ExportConfig) -> Iterator[tuple[str, Tensor
         yield name, tensor.to(dtype)
 
 
-def _check_vocabulary(special: SpecialTokens, model: Molmo2, tokenizer: Path) -> None:
-    if special.im_patch != model.im_patch_id:
+def check_vocabulary(special: SpecialTokens, config: ModelConfig, where: str) -> None:
+    """Refuse the tokenizer of another model: its new tokens do not follow the model's base vocabulary.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    expected = config.decoder.vocab_size + EXTRA_TOKENS.index(IM_PATCH)
+    if special.im_patch != expected:
         raise CheckpointError(
-            str(tokenizer),
+            where,
             found=f"<im_patch> has id {special.im_patch}",
-            expected=f"{model.im_patch_id}: new tokens follow the model's {model.config.decoder.vocab_size} rows",
-            mend="export with the tokenizer that the model was trained with",
+            expected=f"{expected}: new tokens follow the model's {config.decoder.vocab_size} rows",
+            mend="use the tokenizer that the model was trained with",
         )

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from molmo2core.checkpoints.fields import read_json
+from molmo2core.checkpoints.export_hf import check_vocabulary
+from molmo2core.checkpoints.fields import Fields, read_json
 from molmo2core.checkpoints.native import load_native, native_logits, our_logits
 from molmo2core.checkpoints.probes import probe_examples, probe_prompts
 from molmo2core.checkpoints.reference import load_weights, read_config
@@ -24,6 +25,8 @@ from molmo2core.special_tokens import CHAT_END, CHAT_START, TextTokenizer, load_
 Batches = Mapping[str, Sequence[TokenizedExample]]
 """Prompts that are one call, by name of the probe."""
 
+PIXEL_TOLERANCE = 0.01
+"""In steps of a byte: both resize to whole bytes, so only the scaling to -1..1 rounds (measured 1e-5)."""
 _MIXED = "image, images and text in one padded batch"
 
 
@@ -48,7 +51,7 @@ def verify_export(folder: Path, weights: Path, *, tolerance: float, progress: Pr
 
     Loads the folder with transformers' own classes in float32 on CPU and compares all logits on the probes (text,
     image, several images, video, a padded batch), and its processor's ids, pooling and pixels on an image prompt.
-    One model at a time is in memory, besides all logits of the probes.
+    One model at a time is in memory, besides our logits of all probes.
 
     Args:
         weights: folder that `reference.save_weights` wrote.
@@ -58,17 +61,19 @@ def verify_export(folder: Path, weights: Path, *, tolerance: float, progress: Pr
         CheckpointError: transformers does not load it, or something differs; the message gives both numbers.
     """
     tokenizer = load_tokenizer(folder)
-    prompts = probe_prompts(folder, read_config(weights).geometry, _limits(folder))
+    config = read_config(weights)
+    check_vocabulary(tokenizer.special, config, str(folder))
+    prompts = probe_prompts(folder, config.geometry, _limits(folder))
     batches: dict[str, Sequence[TokenizedExample]] = {kind: [prompt] for kind, prompt in prompts.items()}
     batches[_MIXED] = [prompts["image"], prompts["images"], prompts["text"]]
-    dtype = getattr(torch, read_json(folder / "config.json")["dtype"])
+    dtype = _stored_dtype(folder / "config.json")
     progress(f"computing logits of {weights}")
     ours = _our_logits(weights, dtype, batches, tokenizer.special.pad, progress)
     progress(f"computing logits of {folder} with transformers")
-    theirs = _their_logits(folder, batches, tokenizer.special.pad)
     largest = max(float(logits.abs().max()) for logits in ours.values())
+    differences = _differences(folder, ours, batches, tokenizer.special.pad)
     verification = Verification(
-        max_difference={kind: float((ours[kind] - theirs[kind]).abs().max()) / largest for kind in batches},
+        max_difference={kind: difference / largest for kind, difference in differences.items()},
         max_logit=largest,
         max_pixel_difference=_compare_processor(folder, prompts["image"], tokenizer),
     )
@@ -95,21 +100,36 @@ def _our_logits(
 
 
 @torch.inference_mode()
-def _their_logits(folder: Path, batches: Batches, pad_id: int) -> dict[str, Tensor]:
+def _differences(folder: Path, ours: dict[str, Tensor], batches: Batches, pad_id: int) -> dict[str, float]:
+    """By probe, the largest difference of a logit.  Takes what was compared out of `ours`."""
     native = load_native(folder)
-    found: dict[str, Tensor] = {}
+    found: dict[str, float] = {}
     for kind, batch in batches.items():
         try:
-            found[kind] = torch.cat(native_logits(native, batch, pad_id=pad_id, video=kind == "video"))
+            theirs = torch.cat(native_logits(native, batch, pad_id=pad_id, video=kind == "video"))
         except (IndexError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"transformers' Molmo2 on the probe '{kind}'", found=f"it fails: {error}") from error
+        found[kind] = float(theirs.sub_(ours.pop(kind)).abs_().max())
     return found
+
+
+def _stored_dtype(path: Path) -> torch.dtype:
+    fields = Fields(read_json(path), str(path))
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if fields.value("dtype", str) not in dtypes:
+        raise fields.wrong("dtype", f"one of {', '.join(dtypes)}")
+    return dtypes[fields.value("dtype", str)]
 
 
 def _limits(folder: Path) -> PreprocessingConfig:
     """The limits that the export tells its users' processor."""
-    image, video = (read_json(folder / name) for name in ("preprocessor_config.json", "video_preprocessor_config.json"))
-    return PreprocessingConfig(max_crops=image["max_crops"], max_frames=video["num_frames"], max_fps=video["max_fps"])
+    names = ("preprocessor_config.json", "video_preprocessor_config.json")
+    image, video = (Fields(read_json(folder / name), str(folder / name)) for name in names)
+    return PreprocessingConfig(
+        max_crops=image.value("max_crops", int),
+        max_frames=video.value("num_frames", int),
+        max_fps=video.value("max_fps", float),
+    )
 
 
 def _compare_processor(folder: Path, prompt: TokenizedExample, tokenizer: TextTokenizer) -> float:
@@ -145,7 +165,15 @@ def _compare_processor(folder: Path, prompt: TokenizedExample, tokenizer: TextTo
                 mend="report this: the export must not be used",
             )
     pixels = (theirs["pixel_values"] + 1) * 127.5
-    return float((pixels - torch.from_numpy(prompt.crops).float()).abs().max())
+    difference = float((pixels - torch.from_numpy(prompt.crops).float()).abs().max())
+    if not difference <= PIXEL_TOLERANCE:
+        raise CheckpointError(
+            f"{folder}: pixels of transformers' processor on an image prompt",
+            found=f"differ by up to {difference:.3g} of a byte step",
+            expected=f"at most {PIXEL_TOLERANCE}",
+            mend="report this: the export must not be used",
+        )
+    return difference
 
 
 def _user_text(prompt: TokenizedExample, tokenizer: TextTokenizer) -> str:

@@ -119,6 +119,7 @@ def write_weights(
             raise PlatformError(
                 str(folder), found=f"cannot write weights: {error}", mend="free space or choose another workspace"
             ) from error
+        path.chmod(0o644)  # safetensors' 0600 would hide it from another user's pod
         written.append((path, list(shard)))
         total += size
         del shard  # else it would stay while the next is made

@@ -18,6 +18,7 @@ from molmo2core.checkpoints.reference import save_weights
 from molmo2core.checkpoints.verify import verify_export
 from molmo2core.checkpoints.weight_files import WeightFiles, write_weights
 from molmo2core.errors import CheckpointError, DataError
+from molmo2core.model.initialization import build_model
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.recipe.sections import ExportSection
@@ -25,7 +26,7 @@ from molmo2core.references import CheckpointRef, ExportRef, PackPlanRef, ShardsR
 from molmo2core.sources.shapes_tokenizer import save_tokenizer
 from molmo2core.special_tokens import CHAT_END, TEXT_PAD
 from molmo2core.stages import export as export_stage
-from molmo2core.testing.tiny_model import Variant, tiny_model
+from molmo2core.testing.tiny_model import Variant, tiny_config, tiny_model
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 
 TOLERANCE = ExportConfig().logit_tolerance
@@ -246,9 +247,21 @@ def change_field(name: str, key: str, value: object) -> object:
         (drop_one_weight, "missing_keys"),
         (change_field("processor_config.json", "use_single_crop_col_tokens", True), "input_ids"),
         (change_field("preprocessor_config.json", "overlap_margins", [2, 2]), "input_ids|token_pooling"),
+        (change_field("preprocessor_config.json", "image_mean", [0.4, 0.5, 0.5]), "pixels.*byte step"),
         (change_field("config.json", "image_patch_id", 768), "probe .* fails"),
+        (change_field("config.json", "dtype", "int8"), "dtype"),
+        (change_field("video_preprocessor_config.json", "max_fps", None), "max_fps"),
     ],
-    ids=["a weight changed", "a weight missing", "another token layout", "other crops", "another patch token"],
+    ids=[
+        "a weight changed",
+        "a weight missing",
+        "another token layout",
+        "other crops",
+        "other pixels",
+        "another patch token",
+        "no dtype of weights",
+        "no limit",
+    ],
 )
 def test_verification_refuses(spoil: object, message: str, tokenizer: Path, tmp_path: Path) -> None:
     """Negative controls: each would pass a check that only loads the folder."""
@@ -257,6 +270,14 @@ def test_verification_refuses(spoil: object, message: str, tokenizer: Path, tmp_
     spoil(folder)  # type: ignore[operator]
     with pytest.raises(CheckpointError, match=message):
         verify_export(folder, saved(tmp_path / "weights", model), tolerance=1e-5)
+
+
+def test_verification_refuses_weights_of_another_size(tokenizer: Path, tmp_path: Path) -> None:
+    folder = exported(tmp_path / "out", tiny_model(3), tokenizer)
+    config = tiny_config()
+    other = build_model(replace(config, decoder=replace(config.decoder, vocab_size=700)), seed=0)
+    with pytest.raises(CheckpointError, match=r"<im_patch> has id 770.*702"):
+        verify_export(folder, saved(tmp_path / "weights", other), tolerance=1e-5)
 
 
 def test_refuses_another_models_tokenizer(tmp_path: Path) -> None:

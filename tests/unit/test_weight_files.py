@@ -91,6 +91,7 @@ def test_shards_hold_every_tensor_once_within_their_limit(tmp_path: Path) -> Non
     files = sorted(set(index["weight_map"].values()))
     assert files == [f"model-{n:05d}-of-00004.safetensors" for n in (1, 2, 3, 4)]
     assert {path.name for path in tmp_path.iterdir()} == {INDEX, *files}
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in tmp_path.iterdir())  # another user's pod reads them
     assert all(list(index["weight_map"].values()).count(file) <= 2 for file in files)
     weights = WeightFiles(tmp_path)
     assert set(weights.tensors) == set(tensors)
