@@ -132,9 +132,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
         ("import base", 1, 1),  # 220: connector and new tokens drawn too
         ("save", 0, 0),  # 1: written from where the weights are
         ("export float32", 0, 0),  # 1
-        ("export bfloat16", 0, 1),  # 30: the file that is being made
-        ("verify", 1, 2),  # 265: ours, then transformers', never both
-        ("verify bfloat16", 1.5, 2),  # 314: transformers keeps the stored half beside the float32 that it makes of it
+        ("export bfloat16", 0, 1),  # 31: the file that is being made
+        ("verify", 1, 2),  # 263: ours, then transformers', never both
+        ("verify bfloat16", 1.5, 2),  # 315: transformers keeps the stored half beside the float32 that it makes of it
     ],
 )
 def test_peak_memory(step: str, models: float, files: int, measured: dict[str, float]) -> None:
