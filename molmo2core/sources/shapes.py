@@ -40,7 +40,7 @@ from molmo2core.sources.shapes_scene import (
 )
 from molmo2core.sources.shapes_tokenizer import save_tokenizer, train_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Changes whenever the same configuration would render another corpus."""
 LICENSE = "CC0-1.0"
 DATASETS = ("captions", "image_qa", "image_pointing", "video_qa", "video_pointing", "tracking", "text")
@@ -272,7 +272,7 @@ def _texts(rendered: RenderedRow) -> Iterator[str]:
     """Everything that the tokenizer should know of a row: strings, and coordinates as they will be written."""
     yield "user\nassistant\n"
     for annotation in rendered.annotations:
-        yield from _strings(dataclasses.asdict(annotation))
+        yield from _strings(_without_defaults(annotation))
         if isinstance(annotation, Pointing):
             yield f'Point to <points coords="1 1 500 250;2 2 500 250">{annotation.label}</points> There are none.'
             yield f"Counting the {annotation.label} shows a total of 1."

@@ -48,6 +48,8 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "copy": ("Repeat: {words}", "Say again: {words}"),
 }
 USUAL_WORDING_SHARE = 0.95
+_COUNTED_SHARE = 0.2
+"""Of labels pointed at in image sets and videos: those that are also counted."""
 _ALL_AT_ONCE_SHARE = 0.5
 """Of videos with several shapes: how many ask for all of them at once."""
 AnyShape = TypeVar("AnyShape", Shape, MovingShape)
@@ -119,11 +121,12 @@ def image_set_questions(scenes: Sequence[Scene], rng: np.random.Generator) -> li
 
 
 def image_set_points(scenes: Sequence[Scene], rng: np.random.Generator) -> list[Annotation]:
-    """Two labels pointed at over a set of images."""
+    """Two labels pointed at, or now and then counted, over a set of images."""
     shapes = [shape for scene in scenes for shape in scene.shapes]
+    labels = [label for label, _ in _labels(shapes, rng, 2)]
     return [
         Pointing(
-            task="multi_image_pointing",
+            task="multi_image_counting" if rng.random() < _COUNTED_SHARE else "multi_image_pointing",
             label=label,
             points=tuple(
                 _point(shape, scene, image=number)
@@ -132,7 +135,7 @@ def image_set_points(scenes: Sequence[Scene], rng: np.random.Generator) -> list[
                 if _has_label(shape, label)
             ),
         )
-        for label, _ in _labels(shapes, rng, 2)
+        for label in labels
     ]
 
 
@@ -193,7 +196,7 @@ def subtitles_and_questions(
 
 
 def video_points(scene: MovingScene, rng: np.random.Generator) -> list[Annotation]:
-    """Two or three labels; each thing is pointed at when it is first seen at a multiple of half a second."""
+    """Two or three labels, now and then counted; things are pointed at when first seen at a multiple of 0.5 s."""
     annotations: list[Annotation] = []
     for label, shapes in _labels(scene.shapes, rng, int(rng.integers(2, 4)), everything=_ALL_AT_ONCE_SHARE):
         points = []
@@ -203,7 +206,10 @@ def video_points(scene: MovingScene, rng: np.random.Generator) -> list[Annotatio
             if first:
                 points.append(_point(first[1], scene, time=first[0]))
         points.sort(key=lambda point: (point.time, point.x, point.y))
-        annotations.append(Pointing(task="video_pointing", label=label, points=tuple(points)))
+        task: Literal["video_pointing", "video_counting"] = "video_pointing"
+        if rng.random() < _COUNTED_SHARE:
+            task = "video_counting"
+        annotations.append(Pointing(task=task, label=label, points=tuple(points)))
     return annotations
 
 

@@ -15,7 +15,7 @@ import pytest
 from av.video.frame import PictureType
 from PIL import Image
 
-from molmo2core.annotations import TASKS
+from molmo2core.annotations import TASKS, Point, Pointing
 from molmo2core.errors import DataError
 from molmo2core.manifest.schema import ParsedRow, parse_row, read_manifest
 from molmo2core.sources import shapes
@@ -152,6 +152,13 @@ def test_tokenizer_covers_every_byte_and_loads_in_transformers(corpus: Path) -> 
     assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.special.bos, tokenizer.special.eos)
     assert theirs.pad_token_id == tokenizer.special.pad and theirs.padding_side == "left"
+
+
+def test_tokenizer_learns_what_is_said_and_no_defaults() -> None:
+    """A field added to the annotations must not take merges away from words that the model reads."""
+    annotation = Pointing(task="image_counting", label="circle", points=(Point(x=0.5, y=0.5),))
+    texts = list(shapes._texts(shapes.RenderedRow(kind="image", annotations=[annotation])))
+    assert "circle" in texts and not any("point_then_count" in text for text in texts)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
