@@ -102,11 +102,12 @@ def _export(
     from molmo2core.checkpoints.model_card import Lineage
     from molmo2core.checkpoints.reference import load_weights
     from molmo2core.checkpoints.verify import verify_export
+    from molmo2core.checkpoints.weight_files import to_stderr
 
     with tempfile.TemporaryDirectory() as cache:
         print("export_checkpoint: reading the weights", flush=True)
         weights = storage.fetch_committed(trained.uri, Path(cache))
-        model = load_weights(weights)
+        model = load_weights(weights, to_stderr)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         print("export_checkpoint: writing the released format", flush=True)
         export_model(
@@ -116,10 +117,12 @@ def _export(
             export=section.export,
             preprocessing=section.preprocessing,
             lineage=Lineage(**lineage),
+            progress=to_stderr,
         )
         del model  # the verification holds one model at a time
         print("export_checkpoint: comparing with transformers' own Molmo2", flush=True)
-        verification = verify_export(folder, weights, tolerance=section.export.logit_tolerance)
+        tolerance = section.export.logit_tolerance
+        verification = verify_export(folder, weights, tolerance=tolerance, progress=to_stderr)
     return {
         "num_parameters": num_parameters,
         "logit_difference": verification.worst,
