@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 
+from molmo2core.checkpoints.hf_config import released_config
 from molmo2core.checkpoints.hf_mapping import num_tensors, our_shapes, released_shapes, to_released
 from molmo2core.checkpoints.tensor_table import Layout, pairs
 from molmo2core.model.config import ModelConfig, Size, named_config
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.testing.tiny_model import Variant, tiny_config, tiny_model
+from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 
 VARIANTS: list[tuple[Variant, bool]] = [("qwen", False), ("qwen", True), ("olmo", False), ("olmo", True)]
 
@@ -154,3 +157,72 @@ def test_fused_matrices_hold_up_before_gate_and_query_key_value() -> None:
     assert not torch.allclose(block.mlp(x), 4 * before, rtol=1e-2, atol=1e-3)
     fused = released["model.transformer.blocks.1.self_attn.att_proj.weight"]
     assert torch.equal(fused, block.attention.query_key_value.weight) and block.attention.widths == (96, 32, 32)
+
+
+def transformers_state(layout: Layout, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of transformers' own model of that size, on the meta device."""
+    import transformers
+
+    text, vision = config.decoder, config.vision_encoder
+    sizes = {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.width,
+        "intermediate_size": text.mlp_width,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_kv_heads,
+        "tie_word_embeddings": False,
+    }
+    with torch.device("meta"):
+        if layout == "native":
+            special = tiny_tokenizer().special
+            model = transformers.Molmo2ForConditionalGeneration(
+                transformers.Molmo2Config(**released_config(config, special, dtype="float32"))
+            )
+        elif layout == "siglip2":
+            model = transformers.SiglipModel(
+                transformers.SiglipConfig(
+                    text_config={"num_hidden_layers": 1},
+                    vision_config={
+                        "hidden_size": vision.width,
+                        "intermediate_size": vision.mlp_width,
+                        "num_hidden_layers": vision.num_declared_layers,
+                        "num_attention_heads": vision.num_heads,
+                        "image_size": 384,
+                        "patch_size": config.geometry.patch_size,
+                    },
+                )
+            )
+        elif layout == "qwen3":
+            model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(head_dim=text.head_dim, **sizes))
+        else:
+            model = transformers.Olmo3ForCausalLM(transformers.Olmo3Config(**sizes))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [(size, "native") for size in get_args(Size)]
+    + [("4b", "qwen3"), ("8b", "qwen3"), ("o-7b", "olmo3"), ("8b", "siglip2"), ("tiny", "qwen3")],
+)
+def test_transformers_own_models_have_these_names_and_shapes(size: Size, layout: Layout) -> None:
+    """At published sizes: the right column of model.md 3.3 and the base models of 3.4.  Would catch a name that only a
+    tiny model's round trip agrees with, a 26th block of 27, and a position table that is not 729 rows."""
+    config = named_config(size)
+    config = replace(config, decoder=replace(config.decoder, tie_embeddings=False))
+    theirs, ours = transformers_state(layout, config), our_shapes(config)
+    named = {name for names, _ in pairs(config, layout) for name in names}
+    assert named <= set(theirs)
+    if layout == "siglip2":
+        unused = ("text_model.", "logit_", *(f"vision_model.{part}." for part in ("post_layernorm", "head")))
+        rest = {name for name in set(theirs) - named if not name.startswith(unused)}
+        assert len(rest) == 2 * 16 and all(".layers.25." in name or ".layers.26." in name for name in rest)
+    else:
+        assert named == set(theirs)
+    for names, our_names in pairs(config, layout):
+        if our_names == ("vision_encoder.patch_embedding.weight",) and layout == "siglip2":
+            assert theirs[names[0]] == (1152, 3, 14, 14)
+            continue
+        rows = sum(theirs[name][0] for name in names)
+        assert rows == sum(ours[name][0] for name in our_names), names
+        assert {theirs[name][1:] for name in names} == {ours[name][1:] for name in our_names}, names
