@@ -173,9 +173,10 @@ def open_video(data: bytes, where: str = "video") -> Iterator[VideoFile]:
                 raise VideoTooLarge(where, found=found, expected=f"at most {MAX_DURATION_SECONDS:.0f} s")
             yield VideoFile(where=where, container=container, stream=stream, index=index, kept=packets, data=data)
     except (FFmpegError, EOFError, ValueError, MemoryError) as error:
+        reason = error.strerror if isinstance(error, FFmpegError) else error
         raise DataError(
             where,
-            found=f"{len(data)} bytes that do not decode: {error}",
+            found=f"{len(data)} bytes that do not decode: {reason}",
             expected="a complete video",
         ) from error
 
