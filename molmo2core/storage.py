@@ -3,7 +3,8 @@
 A *committed folder* is immutable: its files, then `_SUCCESS.json` last, which lists every file with size and
 sha256.  Local folders are prepared beside their destination and renamed; on S3 each writer uploads to a folder of its
 own, and a conditional put decides to which of them the marker points (`CommittedFolder.uri`).  Readers refuse a folder
-without its marker, so a killed writer leaves nothing that a later stage can see.
+without its marker, so a killed writer leaves nothing that a later stage can see; who commits beside or to the same
+folder a week later removes it.
 
 The endpoint of S3 comes from the environment (`AWS_ENDPOINT_URL_S3`, mlflow_gx_mds_s3.md 4.2).
 """
@@ -18,11 +19,13 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import IO, TYPE_CHECKING, Any, TypedDict
 
 from molmo2core.errors import DataError, PlatformError
 
@@ -30,10 +33,27 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 MARKER = "_SUCCESS.json"
+ABANDONED_SECONDS = 7 * 24 * 3600
+"""An attempt in which nothing has changed for so long is taken for a killed writer's."""
+CONNECTIONS = 32
+"""To the object store, of one process; more threads than that wait."""
+_ATTEMPT, _UPLOAD = ".attempt-", "by-attempt-"
+_UPLOADS = 8
+_TRIES = 4
 _BLOCK = 1 << 20
 _MISSING = ("404", "NoSuchKey", "NoSuchBucket")
 _DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+_CANNOT_LINK = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """One file of a committed folder."""
+
+    uri: str
+    num_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +72,34 @@ class CommittedFolder:
         """sha256 over the sorted file list: depends on content only, not on place or time."""
         lines = (f"{name} {facts['bytes']} {facts['sha256']}\n" for name, facts in sorted(self.files.items()))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def stored(self, name: str) -> StoredFile:
+        """One of its files.
+
+        Raises:
+            DataError: the folder has no such file.
+        """
+        if name not in self.files:
+            raise DataError(self.uri, found=f"no file {name}", expected=f"one of {len(self.files)} others")
+        facts = self.files[name]
+        return StoredFile(uri=join(self.uri, name), num_bytes=facts["bytes"], sha256=facts["sha256"])
+
+    def read(self, name: str) -> bytes:
+        """Content of one of its files.
+
+        Raises:
+            DataError: the folder has no such file, or its content is not the one that was committed.
+        """
+        stored = self.stored(name)
+        content = read_bytes(stored.uri)
+        if hashlib.sha256(content).hexdigest() != stored.sha256:
+            raise DataError(
+                stored.uri,
+                found="another checksum",
+                expected=stored.sha256,
+                mend="remove the folder and run the stage that writes it",
+            )
+        return content
 
 
 def is_remote(uri: str) -> bool:
@@ -92,11 +140,63 @@ def read_bytes(uri: str) -> bytes:
     """
     if is_remote(uri):
         with _s3_errors(uri):
-            return _client().get_object(**_bucket_key(uri))["Body"].read()
+            return _read_object(uri)
     try:
         return Path(uri).read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise DataError(uri, found="no such file", mend="check the path") from error
+
+
+def _read_object(uri: str) -> bytes:
+    """The whole object; a connection that ends in the middle is tried again (boto3 retries requests, not bodies)."""
+    from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+    for _ in range(_TRIES - 1):
+        with suppress(IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+            return _client().get_object(**_bucket_key(uri))["Body"].read()
+    return _client().get_object(**_bucket_key(uri))["Body"].read()
+
+
+@contextmanager
+def opened(uri: str) -> Iterator[IO[bytes]]:
+    """A file to be read piece by piece; a remote one by way of a temporary copy.
+
+    Raises:
+        DataError: there is no such file.
+        PlatformError: the object store failed, or there is no room for the copy.
+    """
+    with tempfile.TemporaryDirectory(prefix="opened-") as folder:
+        path = download(uri, Path(folder) / "copy") if is_remote(uri) else Path(uri)
+        try:
+            file = path.open("rb")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise DataError(uri, found="no such file", mend="check the path") from error
+        with file:
+            yield file
+
+
+def file_sizes(uris: Iterable[str]) -> list[int]:
+    """Bytes of each file, asked for side by side where they are remote.
+
+    Raises:
+        DataError: one is not there.
+        PlatformError: the object store failed.
+    """
+
+    def size(uri: str) -> int:
+        if is_remote(uri):
+            with _s3_errors(uri):
+                return _client().head_object(**_bucket_key(uri))["ContentLength"]
+        path = Path(uri)
+        if not path.is_file():
+            raise DataError(uri, found="no such file", mend="check the path")
+        return path.stat().st_size
+
+    wanted = list(uris)
+    if not any(map(is_remote, wanted)):
+        return list(map(size, wanted))
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        return list(pool.map(size, wanted))
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -112,15 +212,8 @@ def write_bytes(uri: str, content: bytes) -> None:
 def create_bytes(uri: str, content: bytes) -> bool:
     """Write one file whole, only if there is none: whether it was written.  Of several writers exactly one succeeds."""
     if is_remote(uri):
-        client = _client()
         with _s3_errors(uri):
-            try:
-                client.put_object(Body=content, IfNoneMatch="*", **_bucket_key(uri))
-            except client.exceptions.ClientError as error:
-                if error.response["Error"]["Code"] not in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
-                    raise
-                return False
-        return True
+            return _create_object(uri, content)
     prepared = f"{uri}.{os.getpid()}.{threading.get_ident()}"
     try:
         write_bytes(prepared, content)
@@ -130,6 +223,21 @@ def create_bytes(uri: str, content: bytes) -> bool:
     finally:
         Path(prepared).unlink(missing_ok=True)
     return True
+
+
+def _create_object(uri: str, content: bytes) -> bool:
+    client = _client()
+    for _ in range(_TRIES):
+        try:
+            client.put_object(Body=content, IfNoneMatch="*", **_bucket_key(uri))
+            return True
+        except client.exceptions.ClientError as error:
+            code = error.response["Error"]["Code"]
+            if code in ("PreconditionFailed", "412"):
+                return False
+            if code != "ConditionalRequestConflict":  # undecided: another put or a deletion is under way
+                raise
+    raise PlatformError(uri, found=f"another writer in the way, {_TRIES} times")
 
 
 def exists(uri: str) -> bool:
@@ -231,7 +339,9 @@ def fetch_committed(uri: str, cache: Path) -> Path:
     return local
 
 
-def commit_folder(uri: str, fill: Callable[[Path], dict[str, Any]]) -> CommittedFolder:
+def commit_folder(
+    uri: str, fill: Callable[[Path], dict[str, Any]], collected: Mapping[str, StoredFile] | None = None
+) -> CommittedFolder:
     """Let `fill` write files into a fresh local folder, then publish them at `uri`, marker last.
 
     If another writer committed `uri` meanwhile, its folder stands and is returned: names are derived from content
@@ -240,6 +350,8 @@ def commit_folder(uri: str, fill: Callable[[Path], dict[str, Any]]) -> Committed
     Args:
         uri: destination folder, local or `s3://`.
         fill: writes the files and returns the marker's `meta`.
+        collected: relative name -> a file of another committed folder of the same store, which this one holds too:
+            linked on a local disk, copied inside the object store.  Its checksum is not computed again.
 
     Returns:
         The folder that stands; references carry its `uri`.
@@ -252,7 +364,9 @@ def commit_folder(uri: str, fill: Callable[[Path], dict[str, Any]]) -> Committed
     parent = Path(tempfile.gettempdir()) if is_remote(uri) else Path(uri).parent
     with _disk_errors(uri):
         parent.mkdir(parents=True, exist_ok=True)
-        attempt = Path(tempfile.mkdtemp(prefix=".attempt-", dir=parent))
+        attempt = Path(tempfile.mkdtemp(prefix=_ATTEMPT, dir=parent))
+    _remove_abandoned_attempts(parent)
+    collected = collected or {}
     try:
         with _disk_errors(uri):
             meta = fill(attempt)
@@ -260,16 +374,66 @@ def commit_folder(uri: str, fill: Callable[[Path], dict[str, Any]]) -> Committed
                 name: {"bytes": (attempt / name).stat().st_size, "sha256": file_sha256(attempt / name)}
                 for name in list_files(str(attempt))
             }
+            files |= {name: {"bytes": file.num_bytes, "sha256": file.sha256} for name, file in collected.items()}
             marker = {"files": files, "meta": meta, "at": []}
             write_bytes(str(attempt / MARKER), _marker_bytes(marker))
             if is_remote(uri):
-                _publish_remote(uri, attempt, marker)
+                _publish_remote(uri, attempt, marker, collected)
             else:
+                for name, file in collected.items():
+                    _link_or_copy(Path(file.uri), attempt / name)
                 attempt.chmod(0o755)
                 _rename_folder(attempt, Path(uri))
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
     return open_committed(uri)
+
+
+def remove_folder(uri: str) -> None:
+    """Remove a folder with all that is below it, if it is there.  A reader finds it committed and whole, or not at all.
+
+    Raises:
+        PlatformError: the object store failed.
+    """
+    if not is_remote(uri):
+        if Path(uri).is_dir():
+            gone = tempfile.mkdtemp(prefix=_ATTEMPT, dir=Path(uri).parent)
+            with suppress(FileNotFoundError):
+                os.rename(uri, Path(gone) / "removed")  # so that nobody sees a part of it
+            shutil.rmtree(gone, ignore_errors=True)
+        return
+    _remove_objects(uri, sorted(list_files(uri), key=lambda name: not name.endswith(MARKER)))
+
+
+def _remove_objects(uri: str, names: Sequence[str]) -> None:
+    with _s3_errors(uri):
+        for first in range(0, len(names), 1000):  # the most that one request takes
+            keys = [_bucket_key(join(uri, name)) for name in names[first : first + 1000]]
+            _client().delete_objects(
+                Bucket=keys[0]["Bucket"], Delete={"Objects": [{"Key": key["Key"]} for key in keys], "Quiet": True}
+            )
+
+
+@functools.cache  # a folder of thousands of parts is looked through once, not for each part
+def _remove_abandoned_attempts(parent: Path) -> None:
+    for attempt in parent.glob(f"{_ATTEMPT}*"):
+        with suppress(OSError):  # another process may be removing it, or own it
+            # ctime: unlike mtime, copying a file with its times does not set it back
+            changed = max(path.lstat().st_ctime for path in (attempt, *attempt.rglob("*")))
+            if time.time() - changed > ABANDONED_SECONDS:
+                shutil.rmtree(attempt, ignore_errors=True)
+
+
+def _link_or_copy(source: Path, destination: Path) -> None:
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, destination)
+    except FileNotFoundError as error:
+        raise DataError(str(source), found="no such file", mend="run the stage again") from error
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK:
+            raise
+        shutil.copyfile(source, destination)
 
 
 def _rename_folder(attempt: Path, destination: Path) -> None:
@@ -288,30 +452,53 @@ def _marker_bytes(marker: dict[str, Any]) -> bytes:
     return json.dumps(marker, sort_keys=True, indent=1).encode()
 
 
-def _publish_remote(uri: str, attempt: Path, marker: dict[str, Any]) -> None:
+def _publish_remote(uri: str, attempt: Path, marker: dict[str, Any], collected: Mapping[str, StoredFile]) -> None:
     """Upload to a folder of this attempt alone, then let the marker at `uri` point to it unless another's does.
 
     Uploading to `uri` itself would let a late writer put its files over those of the writer that committed.
     """
     client = _client()
-    at = f"by{attempt.name.replace('.', '-')}"
-    with _s3_errors(uri):
-        for name in [*marker["files"], MARKER]:
-            location = _bucket_key(join(uri, at, name))
+    at = f"{_UPLOAD}{attempt.name.removeprefix(_ATTEMPT)}"
+
+    def put(name: str) -> None:
+        location = _bucket_key(join(uri, at, name))
+        if name in collected:
+            source = _bucket_key(collected[name].uri)
+            client.copy_object(CopySource={"Bucket": source["Bucket"], "Key": source["Key"]}, **location)
+        else:
             client.upload_file(str(attempt / name), location["Bucket"], location["Key"])
-        try:
-            pointer = _marker_bytes(marker | {"at": [at]})
-            client.put_object(Body=pointer, IfNoneMatch="*", **_bucket_key(join(uri, MARKER)))
-        except client.exceptions.ClientError as error:
-            if error.response["Error"]["Code"] not in ("PreconditionFailed", "412"):
-                raise
+
+    with _s3_errors(uri):
+        with ThreadPoolExecutor(_UPLOADS) as pool:
+            for _ in pool.map(put, marker["files"]):
+                pass
+        put(MARKER)
+        won = create_bytes(join(uri, MARKER), _marker_bytes(marker | {"at": [at]}))
+    with suppress(DataError, PlatformError):  # the folder stands, whatever becomes of the others
+        _remove_uploads(uri, keep=at if won else "", lost="" if won else at)
+
+
+def _remove_uploads(uri: str, *, keep: str, lost: str) -> None:
+    """Remove the upload that lost, and those that nobody has added to for a long time, never the one that stands."""
+    location = _bucket_key(join(uri, _UPLOAD))
+    standing = keep or open_committed(uri).uri.rpartition("/")[2]
+    changed: dict[str, float] = {}
+    with _s3_errors(uri):
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=location["Bucket"], Prefix=location["Key"])
+        for item in (item for page in pages for item in page.get("Contents", [])):
+            upload = _UPLOAD + item["Key"][len(location["Key"]) :].partition("/")[0]
+            changed[upload] = max(changed.get(upload, 0.0), item["LastModified"].timestamp())
+    for upload, seconds in changed.items():
+        if upload != standing and (upload == lost or time.time() - seconds > ABANDONED_SECONDS):
+            remove_folder(join(uri, upload))
 
 
 @functools.cache
 def _client() -> S3Client:
     import boto3
+    from botocore.config import Config
 
-    return boto3.client("s3")
+    return boto3.client("s3", config=Config(max_pool_connections=CONNECTIONS))
 
 
 os.register_at_fork(after_in_child=_client.cache_clear)  # connections must not be shared with a loader worker
