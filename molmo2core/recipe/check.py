@@ -31,6 +31,7 @@ def check_recipe(recipe: Recipe, *, where: str = "recipe") -> None:
         _check_ranks(stage, model, place)
         _check_budgets(stage, model, place)
         _check_resources(stage, recipe, place)
+        _check_layout(stage, recipe, place)
     _check_vocabulary(recipe, model, where)
     _check_evaluation(recipe, model, where)
 
@@ -80,7 +81,7 @@ def _check_numbers(stage: StageRecipe, place: str) -> None:
 
 
 def _check_limits(limits: PreprocessingConfig, place: str) -> None:
-    for name in ("max_crops", "max_set_crops", "max_images", "max_frames", "max_fps"):
+    for name in ("max_crops", "max_set_crops", "max_images", "max_frames", "max_fps", "max_tracking_fps"):
         value = getattr(limits, name)
         _require(value > 0, place, f"preprocessing.{name} {value}", "more than 0")
     high_res = limits.high_res
@@ -201,6 +202,16 @@ def _check_resources(stage: StageRecipe, recipe: Recipe, place: str) -> None:
         place,
         f"num_processes {stage.num_processes} with resources.train.gpus {gpus}",
         "one process per GPU of a node, or no GPU at all",
+    )
+
+
+def _check_layout(stage: StageRecipe, recipe: Recipe, place: str) -> None:
+    layout = stage.preprocessing.frame_layout
+    _require(
+        layout == recipe.evaluate.preprocessing.frame_layout,
+        place,
+        f"preprocessing.frame_layout {layout!r}, in evaluate {recipe.evaluate.preprocessing.frame_layout!r}",
+        "one layout in training and evaluation",
     )
 
 

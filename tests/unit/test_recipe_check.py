@@ -69,6 +69,8 @@ def test_every_recipe_keeps_the_rules_in_both_profiles(path: Path, profile: str)
         (["train.sft.dropout.residual=1.0"], ["dropout.residual 1.0"]),
         (["resources.train.gpus=4"], ["num_processes 1", "resources.train.gpus 4"]),
         (["train.sft.preprocessing.max_fps=0"], ["max_fps 0"]),
+        (["train.sft.preprocessing.max_tracking_fps=0"], ["max_tracking_fps 0"]),
+        (["train.sft.preprocessing.frame_layout=frame_tokens"], ["'frame_tokens'", "'image_tokens'", "one layout"]),
         (["train.sft.preprocessing.max_set_crops=0"], ["max_set_crops 0"]),
         (["train.sft.preprocessing.high_res.probability=1.5"], ["high_res.probability 1.5"]),
         (["train.sft.preprocessing.high_res.datasets=[txt]"], ["'txt' of preprocessing.high_res", "mixture"]),
