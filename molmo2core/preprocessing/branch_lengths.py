@@ -2,7 +2,8 @@
 
 Texts are made of pieces that are tokenised one by one (templates.py), so the longest draw is found piece by piece and
 not by writing out every draw.  Where a draw only leaves out or renumbers points (a part of an image set, a later start
-of a track), it is taken for granted that a number with fewer digits takes no more tokens.
+of a track), it is taken for granted that a number with fewer digits takes no more tokens, and `There are none.` no more
+than a tag.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from molmo2core.preprocessing.choices import (
     label,
 )
 from molmo2core.preprocessing.config import STYLES, Style
-from molmo2core.preprocessing.points import NONE
 from molmo2core.preprocessing.styles import (
     MAX_LENGTH_NOISE_CHARACTERS,
     STYLES_WITHOUT_LENGTH,
@@ -60,8 +60,6 @@ def annotation_tokens_bounds(annotation: Annotation, tokenizer: TextTokenizer, n
     count = _counter(tokenizer)
     reply = wording.reply(annotation)
     reply_tokens = _tokens(reply, count)
-    if wording.is_divisible(annotation):
-        reply_tokens = max(reply_tokens, count(NONE))
     frame = len(encode_prompt((), tokenizer, is_first=True)) - count(_USER) + _earlier_tokens(annotation, tokenizer)
     bounds = []
     for style in STYLES:

@@ -149,7 +149,7 @@ def standard_choice(question: str, options: Sequence[str], answer: int) -> Choic
     """The form that evaluation asks in."""
     markers = [f"{label('upper', number)}." for number in range(len(options))]
     return Choice(
-        prompt=fill(STANDARD, {"question": question, "options": _block(options, markers, "\n")}),
+        prompt=fill(STANDARD, {"question": question, "options": options_block(options, markers, "\n")}),
         reply=_option(options[answer], markers[answer]),
     )
 
@@ -178,7 +178,7 @@ def draw_choice(question: str, options: Sequence[str], answer: int, rng: np.rand
     labels = [label(alphabet, number) for number in range(len(options))]
     markers = [marker.format(name) if is_labelled else bullet for name in labels]
     template = _draw_template(label_alone, is_labelled, rng)
-    block = _block(options, markers, separator)
+    block = options_block(options, markers, separator)
     prompt = fill(template, {"question": question, "options": block, "name": _draw_name(alphabet, rng)})
     if label_alone:
         return Choice(prompt=prompt, reply=(labels[answer],))
@@ -232,8 +232,8 @@ def _draw_name(alphabet: Alphabet, rng: np.random.Generator) -> str:
     return identifier if draw < OWN_NAME_PROBABILITY + IDENTIFIER_PROBABILITY else name
 
 
-def _block(options: Sequence[str], markers: Sequence[str], separator: str) -> Pieces:
-    """All options; the separator closes all but the last."""
+def options_block(options: Sequence[str], markers: Sequence[str], separator: str) -> Pieces:
+    """All options behind their markers (or none); the separator closes all but the last."""
     pieces: list[str] = []
     for number, (text, marker) in enumerate(zip(options, markers, strict=True)):
         shown = list(_option(text, marker))

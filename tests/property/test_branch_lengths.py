@@ -6,8 +6,10 @@ An undershoot would make the loader meet a pack that does not fit.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,13 +34,24 @@ from molmo2core.preprocessing.chat import (
     Dialogue,
     earlier_messages,
     encode_dialogue,
+    encode_pieces,
     has_drawn_options,
     opening,
     training_dialogue,
 )
+from molmo2core.preprocessing.choices import (
+    ALPHABETS,
+    BULLETS,
+    COMMON_MARKERS,
+    ODD_MARKERS,
+    SEPARATORS,
+    choice_templates,
+    label,
+    options_block,
+)
 from molmo2core.preprocessing.config import STYLES, Style
 from molmo2core.preprocessing.styles import hinted_length, style_of, style_prefix
-from molmo2core.preprocessing.templates import fill
+from molmo2core.preprocessing.templates import Pieces, fill
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -193,16 +206,34 @@ def test_a_bound_is_the_longest_branch(annotation: Annotation, style: Style) -> 
     assert bound - written_out(annotation, style) in ((0, 1) if is_blank else (0,))
 
 
-def test_bounds_of_multiple_choice_are_near() -> None:
-    """Each part at its longest comes together rarely: measured 22 tokens over the longest of 4,000 draws, of 90."""
-    question = QuestionAnswer(
-        task="image_qa", question="What colour is the circle?", answer="blue", options=("red", "blue", "dark green")
+def forms_of_options(question: QuestionAnswer) -> Iterator[tuple[Pieces, Pieces]]:
+    """The options in every form that can be drawn, and the longest reply to each."""
+    options, right = question.options, question.options.index(question.answer)
+    marked = [
+        [marker.format(label(alphabet, number)) for number in range(len(options))]
+        for marker in (*COMMON_MARKERS, *ODD_MARKERS)
+        for alphabet in ALPHABETS
+    ]
+    for markers in (*marked, *([bullet] * len(options) for bullet in (*BULLETS, ""))):
+        for separator in ("\n", *SEPARATORS):
+            reply = (markers[right], f" {options[right]}") if markers in marked else (options[right],)
+            yield options_block(options, markers, separator), reply
+
+
+@pytest.mark.parametrize("options", [("red", "blue"), ("a", "b", "c", "d", "e", "f"), ("?", "...", "12 cats", "")])
+def test_bounds_of_multiple_choice_cover_every_form_and_are_near(options: tuple[str, ...]) -> None:
+    """Draws rarely meet the longest form, so all of them are written out, in the longest template.
+
+    What is left over: the longest markers of prompt and reply come from different alphabets.
+    """
+    question = QuestionAnswer(task="image_qa", question="What is it?", answer=options[-1], options=options)
+    longest = max(
+        choice_templates(), key=lambda t: len(encode_pieces(fill(t, {"question": "q?", "options": "o"}), TOKENIZER))
     )
-    rng = np.random.default_rng(0)
     lengths = [
-        sum(len(turn.ids) for turn in encode_dialogue(dialogue, "image_qa", TOKENIZER).turns)
-        for dialogue in (training_dialogue(question, "demo_or_style_v2", rng) for _ in range(4000))
+        sum(len(turn.ids) for turn in encode_dialogue(Dialogue(messages=(prompt, reply)), "image_qa", TOKENIZER).turns)
+        for block, reply in forms_of_options(question)
+        for prompt in [fill(longest, {"question": question.question, "options": block})]
     ]
     bound = annotation_tokens_bounds(question, TOKENIZER)[STYLES.index("demo_or_style_v2")]
-    print(bound, max(lengths), sorted(lengths)[2000])
-    assert max(lengths) <= bound <= max(lengths) + 30
+    assert max(lengths) <= bound <= max(lengths) + 4, (bound, max(lengths))
