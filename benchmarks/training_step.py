@@ -19,6 +19,7 @@ from unittest import mock
 
 from molmo2core.model.attention import AttentionMask
 from molmo2core.model.loss import weighted_loss
+from molmo2core.packing.config import PackingConfig
 from molmo2core.testing.tiny_model import tiny_model
 from molmo2core.testing.training import pack_loader, training_config
 from molmo2core.training import trainer
@@ -42,7 +43,7 @@ def trained_seconds(config: TrainingConfig, tokens: int, merged_tokens: int) -> 
             metrics=metrics,
             name="benchmark",
             seed=0,
-            sequence_tokens=tokens,
+            packing=PackingConfig(sequence_tokens=tokens, crop_budget=2),
         )
         return median(json.loads(line)["seconds"] for line in metrics.read_text().splitlines()[2:])
 

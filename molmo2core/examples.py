@@ -135,6 +135,21 @@ class PackedExample:
     """[example][branch] task names."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deviation:
+    """One example of a pack that is not as planned."""
+
+    kind: Literal["replaced", "shortened"]
+    """Its medium does not decode; or the pack was longer than planned."""
+    pack: int
+    """Number of the pack in its plan."""
+    dataset: str
+    uid: str
+    why: str
+    by: str = ""
+    """`dataset/uid` of what stands in for a replaced one; empty: nothing fitted."""
+
+
 class Batch(TypedDict):
     """What a rank receives for one step: its packs as tensors, and Python numbers that need no device sync.
 
@@ -148,3 +163,12 @@ class Batch(TypedDict):
     """Sum of loss weights of all packs."""
     num_tokens: int
     num_examples: int
+    num_crops: int
+    drawn: dict[str, int]
+    """Examples by dataset."""
+    deviations: list[Deviation]
+    """From the plan."""
+    data_wait_seconds: float
+    """How long training waited for this batch."""
+    loader_idle_seconds: float
+    """How long a worker, on average, waited for room before it made its part of this batch."""

@@ -1,14 +1,14 @@
-"""The packs of one rank become a Batch of tensors."""
+"""Packs become a Batch of tensors; batches of one pack become the batch of a rank."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from molmo2core.errors import Molmo2Error
-from molmo2core.examples import Batch, PackedExample
+from molmo2core.examples import Batch, Deviation, PackedExample
 
 _TENSORS = {
     "input_ids": torch.int64,
@@ -20,19 +20,26 @@ _TENSORS = {
     "is_visual": torch.bool,
     "crops": torch.uint8,
 }
+TOKEN_BYTES = sum(
+    torch.empty(0, dtype=dtype).element_size() for name, dtype in _TENSORS.items() if name not in ("pooling", "crops")
+)
+"""Of one token in a batch."""
+INDEX_BYTES = torch.empty(0, dtype=_TENSORS["pooling"]).element_size()
+"""Of one index of a pooling row."""
 
 
-def collate_packs(elements: Sequence[PackedExample | Molmo2Error]) -> Batch | Molmo2Error:
+def collate_packs(
+    packs: Sequence[PackedExample], *, datasets: Sequence[str] = (), deviations: Sequence[Deviation] = ()
+) -> Batch:
     """Tensors of each pack, unpadded, and the sums that training needs as Python numbers.
 
     A pack without media keeps C = 0 crops and V = 0 visual tokens: the trainer adds what its ranks need to agree.
-    An error among the elements is the result.
+
+    Args:
+        packs: of one rank and step, or some of them.
+        datasets: of every example in them.
+        deviations: from the plan.
     """
-    packs: list[PackedExample] = []
-    for element in elements:
-        if isinstance(element, Molmo2Error):
-            return element
-        packs.append(element)
     return Batch(
         packs=[
             {
@@ -45,4 +52,28 @@ def collate_packs(elements: Sequence[PackedExample | Molmo2Error]) -> Batch | Mo
         loss_weight=float(sum(pack.loss_weights.sum(dtype=np.float64) for pack in packs)),
         num_tokens=sum(len(pack.input_ids) for pack in packs),
         num_examples=sum(len(pack.uids) for pack in packs),
+        num_crops=sum(len(pack.crops) for pack in packs),
+        drawn=dict(Counter(datasets)),
+        deviations=list(deviations),
+        data_wait_seconds=0.0,
+        loader_idle_seconds=0.0,
+    )
+
+
+def join_batches(parts: Sequence[Batch]) -> Batch:
+    """One batch with the packs of all `parts`, in order."""
+    drawn: Counter[str] = Counter()
+    for part in parts:
+        drawn.update(part["drawn"])
+    return Batch(
+        packs=[pack for part in parts for pack in part["packs"]],
+        uids=[uids for part in parts for uids in part["uids"]],
+        loss_weight=sum(part["loss_weight"] for part in parts),
+        num_tokens=sum(part["num_tokens"] for part in parts),
+        num_examples=sum(part["num_examples"] for part in parts),
+        num_crops=sum(part["num_crops"] for part in parts),
+        drawn=dict(drawn),
+        deviations=[deviation for part in parts for deviation in part["deviations"]],
+        data_wait_seconds=sum(part["data_wait_seconds"] for part in parts),
+        loader_idle_seconds=sum(part["loader_idle_seconds"] for part in parts),
     )

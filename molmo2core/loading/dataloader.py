@@ -1,19 +1,34 @@
-"""Plan, shards and preprocessing put together as a torch DataLoader of batches."""
+"""Plan, shards and preprocessing put together as a torch DataLoader of batches.
+
+Workers hand over single packs, so that what is held ahead of training is bounded by packs and not by the size of the
+global batch.  One pack of stage 2 (16,384 tokens, 128 crops of 378 x 378 pixels as bytes) is at most 56.7 MB, one of
+stage 3 (36,864 tokens, 384 frames) 168.6 MB (`pack_bytes`).
+"""
 
 from __future__ import annotations
 
 import atexit
+import functools
+import math
+import os
+import shutil
 import signal
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from molmo2core.errors import Molmo2Error, PlatformError
-from molmo2core.loading.collator import collate_packs
+from molmo2core.loading.collator import INDEX_BYTES, TOKEN_BYTES, join_batches
 from molmo2core.loading.dataset import PackDataset
+from molmo2core.packing.config import PackingConfig
 from molmo2core.packing.plan import PackPlan
+from molmo2core.preprocessing.config import VisualGeometry
+from molmo2core.references import PackPlanRef
 
 if TYPE_CHECKING:
     from molmo2core.examples import Batch
@@ -21,44 +36,66 @@ if TYPE_CHECKING:
     from molmo2core.shards.reader import ExampleReader
 
 WORKER_TIMEOUT_SECONDS = 600.0
-"""A worker that gives no batch for so long is taken for hung: an error instead of a silent stop."""
+"""A worker that gives no pack for so long is taken for hung: an error instead of a silent stop."""
+SHARED_MEMORY = Path("/dev/shm")
+"""Where workers put the packs that they hand over."""
 
 
 class PackLoader(DataLoader[Any]):
-    """A DataLoader whose workers' errors arrive as they were raised, and whose dead workers are a PlatformError."""
+    """A DataLoader whose workers' errors arrive as they were raised, and whose dead or hung workers are PlatformErrors.
+
+    Args:
+        dataset: gives batches of one pack.
+        num_workers: loader processes; 0 loads in this process.
+        timeout_seconds: how long a worker may take for one pack.
+    """
+
+    def __init__(
+        self, dataset: PackDataset, *, num_workers: int, timeout_seconds: float = WORKER_TIMEOUT_SECONDS
+    ) -> None:
+        self.packs_per_batch = dataset.packs_per_rank
+        super().__init__(
+            dataset,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor(self.packs_per_batch, num_workers) if num_workers else None,
+            timeout=timeout_seconds if num_workers else 0,
+            worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch wants its private iterator class
-        batches = super().__iter__()
+        packs = super().__iter__()
         # Workers ignore SIGTERM, by which torch and multiprocessing end them at exit: they must be told before.
-        stop_workers = getattr(batches, "_shutdown_workers", None)
-        if stop_workers:
-            atexit.register(stop_workers)
+        stop = functools.partial(_stop_workers, packs)
+        atexit.register(stop)
         try:
-            for batch in batches:
-                if isinstance(batch, Molmo2Error):
-                    raise batch
+            while True:
+                started = time.monotonic()
+                with worker_errors():
+                    batch = join_batches([_checked(next(packs)) for _ in range(self.packs_per_batch)])
+                batch["data_wait_seconds"] = time.monotonic() - started
                 yield batch
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader"):  # "DataLoader worker ... killed", "DataLoader timed out"
-                raise
-            raise PlatformError("data loader", found=str(error), mend="check memory and /dev/shm") from error
+        except StopIteration:
+            return  # a dataset that ends; PackDataset never does
         finally:
-            if stop_workers:
-                atexit.unregister(stop_workers)
-                stop_workers()
+            atexit.unregister(stop)
+            stop()
 
 
 def build_dataloader(
     plan: PackPlan,
+    reference: PackPlanRef,
     reader: ExampleReader,
     preprocessor: Preprocessor,
     *,
-    fingerprint: str,
     global_batch_packs: int,
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
     num_workers: int = 0,
     strict: bool = False,
+    accept_changed_data: bool = False,
 ) -> PackLoader:
     """A loader that yields `examples.Batch`, one per step, with this rank's share of each global batch.
 
@@ -66,37 +103,104 @@ def build_dataloader(
 
     Args:
         plan: packs in training order.
+        reference: of the plan.
         reader: examples of the plan's shards, in the order of its parents.
         preprocessor: of the plan's stage.
-        fingerprint: `PackPlanRef.digest`.
         global_batch_packs: packs of one step on all ranks.
         data_parallel_rank: which share; equal on all ranks of a context-parallel group.
         data_parallel_size: number of shares.
         num_workers: loader processes; 0 loads in this process.
         strict: raise when a pack is larger than planned, instead of leaving branches out.
+        accept_changed_data: go on from a position that was saved with other data, mixture or limits.
 
     Raises:
         DataError: see PackDataset.
+        PlatformError: /dev/shm has no room for the packs that the workers hold ahead.
     """
     dataset = PackDataset(
         plan,
-        fingerprint=fingerprint,
+        reference=reference,
         reader=reader,
         preprocessor=preprocessor,
         global_batch_packs=global_batch_packs,
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
         strict=strict,
+        accept_changed_data=accept_changed_data,
     )
-    return PackLoader(
-        dataset,
-        batch_size=dataset.packs_per_rank,
-        collate_fn=collate_packs,
-        num_workers=num_workers,
-        timeout=WORKER_TIMEOUT_SECONDS if num_workers else 0,
-        worker_init_fn=_start_worker,
-        pin_memory=torch.cuda.is_available(),
-    )
+    if num_workers:
+        ahead = num_workers * prefetch_factor(dataset.packs_per_rank, num_workers)
+        _check_shared_memory(ahead, pack_bytes(plan.packing, preprocessor.geometry))
+    return PackLoader(dataset, num_workers=num_workers)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """What torch raises when a worker is dead or silent, as a PlatformError.
+
+    It comes out of whatever the main thread does when a worker dies, not only out of the loader.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):  # "DataLoader worker ... killed", "DataLoader timed out"
+            raise
+        raise PlatformError(
+            "data loader",
+            found=str(error),
+            expected="living workers that give packs",
+            mend="check memory, /dev/shm and the storage of the shards, then run it again",
+        ) from error
+
+
+def prefetch_factor(packs_per_batch: int, num_workers: int) -> int:
+    """Packs that each worker may hold ready: together a whole batch and one more each, and no less than two."""
+    return max(2, math.ceil(packs_per_batch / num_workers) + 1)
+
+
+def pack_bytes(packing: PackingConfig, geometry: VisualGeometry) -> int:
+    """Most bytes of one pack's tensors: its crops, its tokens and, if every token were visual, its pooling rows."""
+    crops = packing.crop_budget * geometry.num_patches * geometry.patch_bytes
+    return crops + packing.sequence_tokens * (TOKEN_BYTES + geometry.max_pool * INDEX_BYTES)
+
+
+def _check_shared_memory(packs_ahead: int, bytes_of_pack: int) -> None:
+    """A container's /dev/shm holds 64 MB unless it is told otherwise; a worker that fills it dies by SIGBUS."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed, found = ranks * packs_ahead * bytes_of_pack, shutil.disk_usage(SHARED_MEMORY).total
+    if needed > found:
+        raise PlatformError(
+            str(SHARED_MEMORY),
+            found=f"{found / 1e6:,.0f} MB",
+            expected=f"{needed / 1e6:,.0f} MB: {ranks} ranks with {packs_ahead} packs ahead of "
+            f"{bytes_of_pack / 1e6:,.1f} MB each",
+            mend="give the container more shared memory, or lower loader_workers",
+        )
+
+
+def _checked(element: Batch | Molmo2Error) -> Batch:
+    if isinstance(element, Molmo2Error):
+        raise element
+    return element
+
+
+def _as_it_is(element: Any) -> Any:
+    """torch's own conversion makes lists of tuples."""
+    return element
+
+
+def _stop_workers(packs: Any) -> None:
+    """Ask the workers of a DataLoader's iterator to end, and kill those that do not: they ignore SIGTERM."""
+    stop = getattr(packs, "_shutdown_workers", None)
+    if stop is None:
+        return
+    stop()
+    for worker in packs._workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
 
 
 def _start_worker(_worker: int) -> None:

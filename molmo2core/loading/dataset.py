@@ -1,54 +1,77 @@
 """Reads the plan: one pack after the other, in an order that no number of ranks or workers changes.
 
-    plan entry -> ExampleReader -> Preprocessor.tokenize -> pack_examples -> PackedExample
+    plan entry -> ExampleReader -> Preprocessor.tokenize -> pack_examples -> PackedExample -> Batch of one pack
 
-Global batch b is packs [b * G, (b + 1) * G); data-parallel rank r owns slots [r * G/R, (r + 1) * G/R) of it, and
-worker w of W the batches b0 + w, b0 + w + W, ... after the position b0 that training starts from.  Ranks of one
+Global batch b is packs [b * G, (b + 1) * G); data-parallel rank r owns slots [r * G/R, (r + 1) * G/R) of it.  Its
+packs, in order, go to its workers in turn, from the position that training starts from.  Ranks of one
 context-parallel group pass the same data-parallel rank and get equal packs.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from molmo2core.errors import DataError, Molmo2Error
-from molmo2core.examples import PackedExample, TokenizedExample
+from molmo2core.examples import Batch, Deviation, PackedExample, TokenizedExample
+from molmo2core.loading import provenance
+from molmo2core.loading.collator import collate_packs
 from molmo2core.loading.fitting import drop_last_branch
 from molmo2core.packing.concat import pack_examples
 from molmo2core.packing.plan import PackPlan
+from molmo2core.references import PackPlanRef
 
 if TYPE_CHECKING:
     from molmo2core.preprocessing.preprocessor import Preprocessor
     from molmo2core.shards.reader import ExampleReader
 
-MAX_BROKEN_FRACTION = 0.01
-"""More media that cannot be decoded than this share of what one worker has read end the training."""
-MIN_BROKEN = 10
-"""So many broken media are always borne."""
 SUBSTITUTE_SEARCH = 64
 """Entries of the following packs among which a substitute is looked for."""
 
 
-class PackDataset(IterableDataset[PackedExample | Molmo2Error]):
+@dataclass(frozen=True, kw_only=True)
+class LoadedPack:
+    """A pack and how it came about."""
+
+    pack: PackedExample
+    datasets: tuple[str, ...]
+    """Of each example."""
+    deviations: tuple[Deviation, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Drawn:
+    """One example of the plan."""
+
+    dataset: str
+    example: TokenizedExample
+
+
+class PackDataset(IterableDataset[Batch | Molmo2Error]):
     """Packs of a plan from a position on.  Without length: for Composer one endless epoch.
 
-    A medium that cannot be decoded is replaced by the first of the plan's next entries that fits, so that packs keep
+    A medium that does not decode is replaced by the first of the plan's next entries that fits, so that packs keep
     their number and stay a function of the plan.  A real length above the plan's bound (a fault of ours) is an error
-    when `strict`, else branches are dropped from the end until the pack fits; both are counted and printed.
+    when `strict`, else branches are dropped from the end until the pack fits.  Both are printed, and told by the
+    batch.
 
     Args:
         plan: the packs.
-        fingerprint: digest of the plan's folder; a state of another plan is refused.
+        reference: of the plan; its parents are the shards that `reader` reads, in order.
         reader: examples that the plan's sample ids index.
         preprocessor: makes tokens.
         global_batch_packs: G above.
         data_parallel_rank: r above.
         data_parallel_size: R above.
         strict: see above.
+        accept_changed_data: take a position that was saved with other data, mixture or limits.
 
     Raises:
         DataError: the plan does not index this reader, or G is no multiple of R.
@@ -58,13 +81,14 @@ class PackDataset(IterableDataset[PackedExample | Molmo2Error]):
         self,
         plan: PackPlan,
         *,
-        fingerprint: str,
+        reference: PackPlanRef,
         reader: ExampleReader,
         preprocessor: Preprocessor,
         global_batch_packs: int,
         data_parallel_rank: int,
         data_parallel_size: int,
         strict: bool,
+        accept_changed_data: bool,
     ) -> None:
         if global_batch_packs % data_parallel_size:
             raise DataError(
@@ -75,44 +99,61 @@ class PackDataset(IterableDataset[PackedExample | Molmo2Error]):
         highest = int(plan.entries["sample"].max(initial=0))
         if highest >= len(reader):
             raise DataError("plan", found=f"sample {highest}", expected=f"samples below {len(reader)}, the shards'")
-        self._plan, self._fingerprint = plan, fingerprint
-        self._reader, self._preprocessor = reader, preprocessor
+        self.plan, self._reader, self._preprocessor = plan, reader, preprocessor
+        self._made_from = provenance.encode(
+            provenance.describe_data(reference, plan.packing, preprocessor, global_batch_packs)
+        )
         self._global_batch_packs = global_batch_packs
         self.packs_per_rank = global_batch_packs // data_parallel_size
+        """Packs of one batch of this rank."""
         self._first_slot = data_parallel_rank * self.packs_per_rank
-        self._strict = strict
+        self._strict, self._accept_changed_data = strict, accept_changed_data
         self._position = 0
-        self._num_read = 0
-        self._broken: set[tuple[str, str]] = set()
+        self.changes: tuple[provenance.Change, ...] = ()
+        """What differs from the data of the checkpoint that was resumed from; empty unless it was accepted."""
 
-    def __iter__(self) -> Iterator[PackedExample | Molmo2Error]:
-        """Packs from the position on; an error is the last element (torch would lose its type and fields)."""
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names that `Batch.drawn` counts by."""
+        return tuple(self._reader.ranges)
+
+    def __iter__(self) -> Iterator[Batch | Molmo2Error]:
+        """Batches of one pack, from the position on; an error is the last element (torch would lose its type)."""
         try:
             yield from self._packs()
         except Molmo2Error as error:
             yield error
 
-    def _packs(self) -> Iterator[PackedExample]:
+    def _packs(self) -> Iterator[Batch]:
+        """The packs of this worker, in order."""
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        batch = self._position // self._global_batch_packs + first
-        num_batches = len(self._plan) // self._global_batch_packs
-        while batch < num_batches:
-            start = batch * self._global_batch_packs + self._first_slot
-            ahead = start + step * self._global_batch_packs
-            self._prefetch(range(ahead, min(ahead + self.packs_per_rank, len(self._plan))))
-            for index in range(start, start + self.packs_per_rank):
-                yield self.pack(index)
-            batch += step
+        first_batch = self._position // self._global_batch_packs
+        num_batches = len(self.plan) // self._global_batch_packs - first_batch
+        idle = 0.0
+        for number in range(first, num_batches * self.packs_per_rank, step):
+            if number + step < num_batches * self.packs_per_rank:
+                self._reader.prefetch(self.plan.pack(self._index(number + step))["sample"].tolist())
+            loaded = self.load(self._index(number))
+            batch = collate_packs([loaded.pack], datasets=loaded.datasets, deviations=loaded.deviations)
+            batch["loader_idle_seconds"] = idle / step
+            given = time.monotonic()
+            yield batch
+            idle = time.monotonic() - given
         raise DataError(
             "plan",
-            found=f"all {num_batches} global batches are used",
+            found=f"all {len(self.plan) // self._global_batch_packs} global batches are used",
             expected="training that ends with the plan",
             mend="plan as many packs as steps times global batch",
         )
 
+    def _index(self, number: int) -> int:
+        """Place in the plan of this rank's pack `number`, from the position on."""
+        batch, slot = divmod(number, self.packs_per_rank)
+        return self._position + batch * self._global_batch_packs + self._first_slot + slot
+
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Position in the plan, as Composer 0.32.1 asks for it when it saves.
+        """Position in the plan and what the plan was made from, as Composer 0.32.1 asks for it when it saves.
 
         The keys are always the same: sharded checkpoints silently drop others.
 
@@ -124,111 +165,125 @@ class PackDataset(IterableDataset[PackedExample | Molmo2Error]):
             DataError: the number is inside a global batch.
         """
         packs = num_samples if from_beginning else self._position + num_samples
+        self._check_position(packs)
+        return {"packs": packs, "made_from": self._made_from}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position.  Call before iteration, on every rank.
+
+        Through `stages.train` a position of other data can be reached by the recipe's `resume_from` alone, since
+        stages name their folders by content; with `accept_changed_data` training then goes on from the same position
+        in the new plan.
+
+        Raises:
+            DataError: the state is none, or was saved with other data, mixture or limits, which it names.
+        """
+        if not isinstance(state.get("packs"), int) or not isinstance(state.get("made_from"), str):
+            raise DataError("checkpoint to resume from", found=f"no position in a pack plan: {sorted(state)}")
+        changes = provenance.changes_between(state["made_from"], self._made_from)
+        if changes and not self._accept_changed_data:
+            raise DataError(
+                "checkpoint to resume from",
+                found=f"other data, mixture or limits (then -> now): {provenance.summary(changes)}",
+                expected="the same",
+                mend="resume with the recipe that it was made with, start anew, or set accept_changed_data",
+            )
+        self._check_position(state["packs"])
+        if changes:
+            _say(f"resumed at pack {state['packs']} on changed data: {provenance.summary(changes)}")
+        self._position, self.changes = state["packs"], changes
+
+    def load(self, index: int) -> LoadedPack:
+        """One pack of the plan.
+
+        Raises:
+            DataError: every medium is broken; or, when strict, the pack is larger than planned.
+        """
+        limits = self.plan.packing
+        drawn: list[_Drawn] = []
+        broken: list[Deviation] = []
+        for entry in self.plan.pack(index):
+            found = self._tokenize(entry, index)
+            if isinstance(found, Deviation):
+                broken.append(found)
+            else:
+                drawn.append(found)
+        planned = len(drawn)
+        drawn += self._substitutes(index, drawn, len(broken)) if broken else []
+        deviations = [
+            dataclasses.replace(deviation, by=f"{other.dataset}/{other.example.uid}") if other else deviation
+            for deviation, other in itertools.zip_longest(broken, drawn[planned:])
+        ]
+        while (tokens := sum(len(d.example.input_ids) for d in drawn)) > limits.sequence_tokens or (
+            sum(len(d.example.crops) for d in drawn) > limits.crop_budget
+        ):
+            found_size = f"{tokens} tokens, {sum(len(d.example.crops) for d in drawn)} crops"
+            allowed = f"at most {limits.sequence_tokens} and {limits.crop_budget}"
+            if self._strict:
+                uids = [d.example.uid for d in drawn]
+                raise DataError(f"pack {index} ({uids})", found=found_size, expected=allowed)
+            number, example, what = drop_last_branch(
+                [d.example for d in drawn], too_many_crops=tokens <= limits.sequence_tokens
+            )
+            why = f"{found_size}, {allowed}: left out {what}"
+            cut = drawn[number]
+            deviations.append(
+                Deviation(kind="shortened", pack=index, dataset=cut.dataset, uid=cut.example.uid, why=why)
+            )
+            drawn[number : number + 1] = [] if example is None else [_Drawn(dataset=cut.dataset, example=example)]
+        for deviation in deviations:
+            instead = f"; {deviation.by} stands in" if deviation.by else ""
+            _say(f"pack {index}: {deviation.kind}: {deviation.dataset}/{deviation.uid}: {deviation.why}{instead}")
+        return LoadedPack(
+            pack=pack_examples([d.example for d in drawn], self._preprocessor.geometry.max_pool),
+            datasets=tuple(d.dataset for d in drawn),
+            deviations=tuple(deviations),
+        )
+
+    def _tokenize(self, entry: Any, pack: int) -> _Drawn | Deviation:
+        """The example of one plan entry, or that its medium does not decode."""
+        example = self._reader.example(int(entry["sample"]))
+        branches = int(entry["first_branch"]), int(entry["stop_branch"])
+        try:
+            tokenized = self._preprocessor.tokenize(
+                example,
+                epoch=int(entry["epoch"]),
+                branches=None if branches == (0, len(example.annotations)) else branches,
+            )
+        except DataError as error:
+            return Deviation(kind="replaced", pack=pack, dataset=example.dataset, uid=example.uid, why=str(error))
+        return _Drawn(dataset=example.dataset, example=tokenized)
+
+    def _substitutes(self, index: int, drawn: Sequence[_Drawn], wanted: int) -> list[_Drawn]:
+        """Up to `wanted` of the entries after pack `index` (round the end of the plan) that still fit in it."""
+        limits = self.plan.packing
+        tokens = limits.sequence_tokens - sum(len(d.example.input_ids) for d in drawn)
+        crops = limits.crop_budget - sum(len(d.example.crops) for d in drawn)
+        found: list[_Drawn] = []
+        after = int(self.plan.pack_offsets[index + 1])
+        for position in range(after, after + SUBSTITUTE_SEARCH):
+            candidate = self._tokenize(self.plan.entries[position % len(self.plan.entries)], index)
+            if isinstance(candidate, Deviation):  # counted where it was planned
+                continue
+            size = len(candidate.example.input_ids), len(candidate.example.crops)
+            if size[0] <= tokens and size[1] <= crops:
+                found.append(candidate)
+                tokens, crops = tokens - size[0], crops - size[1]
+                if len(found) == wanted:
+                    return found
+        if not found and not drawn:
+            raise DataError(
+                f"pack {index}", found="every medium is broken, and no substitute fits", mend="validate the data again"
+            )
+        return found
+
+    def _check_position(self, packs: int) -> None:
         if packs % self._global_batch_packs:
             raise DataError(
                 "training position",
                 found=f"{packs} packs",
                 expected=f"a multiple of the global batch of {self._global_batch_packs}",
             )
-        return {
-            "packs": packs,
-            "global_batch_packs": self._global_batch_packs,
-            "plan": self._fingerprint,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position.  Call before iteration, on every rank.
-
-        Raises:
-            DataError: the state belongs to another plan or global batch.
-        """
-        mine = self.state_dict(0, True)
-        changed = [
-            f"{name} {state.get(name)!r}" for name in ("plan", "global_batch_packs") if state.get(name) != mine[name]
-        ]
-        if changed or not isinstance(state.get("packs"), int):
-            raise DataError(
-                "checkpoint to resume from",
-                found=f"position in another plan: {', '.join(changed) or state}",
-                expected=", ".join(f"{name} {mine[name]!r}" for name in ("plan", "global_batch_packs")),
-                mend="resume with the recipe that the checkpoint was made with, or start anew under another name",
-            )
-        self._position = state["packs"]
-
-    def pack(self, index: int) -> PackedExample:
-        """One pack of the plan.
-
-        Raises:
-            DataError: too many media are broken; or, when strict, the pack is larger than planned.
-        """
-        limits = self._plan.packing
-        examples: list[TokenizedExample] = []
-        broken = 0
-        for entry in self._plan.pack(index):
-            example = self._tokenize(entry)
-            if example is None:
-                broken += 1
-            else:
-                examples.append(example)
-        if broken:
-            examples += self._substitutes(index, examples, broken)
-        while (tokens := sum(len(e.input_ids) for e in examples)) > limits.sequence_tokens or (
-            sum(len(e.crops) for e in examples) > limits.crop_budget
-        ):
-            found = f"{tokens} tokens, {sum(len(e.crops) for e in examples)} crops"
-            expected = f"at most {limits.sequence_tokens} and {limits.crop_budget}"
-            if self._strict:
-                raise DataError(f"pack {index} ({[e.uid for e in examples]})", found=found, expected=expected)
-            examples, dropped = drop_last_branch(examples, too_many_crops=tokens <= limits.sequence_tokens)
-            _say(f"pack {index}: {found}, {expected}: left out {dropped}")
-        return pack_examples(examples, self._preprocessor.geometry.max_pool)
-
-    def _tokenize(self, entry: Any) -> TokenizedExample | None:
-        """The example of one plan entry, or nothing if its medium cannot be decoded."""
-        example = self._reader.example(int(entry["sample"]))
-        branches = int(entry["first_branch"]), int(entry["stop_branch"])
-        self._num_read += 1
-        try:
-            return self._preprocessor.tokenize(
-                example,
-                epoch=int(entry["epoch"]),
-                branches=None if branches == (0, len(example.annotations)) else branches,
-            )
-        except DataError as error:
-            self._broken.add((example.dataset, example.uid))
-            _say(f"broken: {example.dataset}/{example.uid}: {error}")
-            if len(self._broken) > max(MIN_BROKEN, MAX_BROKEN_FRACTION * self._num_read):
-                raise DataError(
-                    f"{example.dataset}/{example.uid}",
-                    found=f"{len(self._broken)} media cannot be decoded, of {self._num_read} reads; here: {error}",
-                    expected=f"at most {MAX_BROKEN_FRACTION:.0%}, or {MIN_BROKEN}",
-                    mend="validate the manifests again",
-                ) from error
-            return None
-
-    def _substitutes(self, index: int, examples: list[TokenizedExample], wanted: int) -> list[TokenizedExample]:
-        """Up to `wanted` of the entries after pack `index` (round the end of the plan) that still fit in it."""
-        limits = self._plan.packing
-        tokens = limits.sequence_tokens - sum(len(e.input_ids) for e in examples)
-        crops = limits.crop_budget - sum(len(e.crops) for e in examples)
-        found: list[TokenizedExample] = []
-        after = int(self._plan.pack_offsets[index + 1])
-        for position in range(after, after + SUBSTITUTE_SEARCH):
-            entry = self._plan.entries[position % len(self._plan.entries)]
-            candidate = self._tokenize(entry)
-            if candidate is not None and len(candidate.input_ids) <= tokens and len(candidate.crops) <= crops:
-                found.append(candidate)
-                tokens, crops = tokens - len(candidate.input_ids), crops - len(candidate.crops)
-                _say(f"pack {index}: {candidate.uid} stands in")
-                if len(found) == wanted:
-                    return found
-        if not found and not examples:
-            raise DataError(f"pack {index}", found="every medium is broken, and no substitute fits")
-        return found
-
-    def _prefetch(self, packs: range) -> None:
-        for index in packs:
-            self._reader.prefetch(self._plan.pack(index)["sample"].tolist())
 
 
 def _say(line: str) -> None:

@@ -11,26 +11,26 @@ from molmo2core.examples import ROOT, TokenizedExample
 
 def drop_last_branch(
     examples: Sequence[TokenizedExample], *, too_many_crops: bool
-) -> tuple[list[TokenizedExample], str]:
-    """`examples` without the last branch of the last one that has several, else without the last example.
+) -> tuple[int, TokenizedExample | None, str]:
+    """Leave out the last branch of the last example that has several, else the last example.
 
     Args:
         examples: of one pack.
         too_many_crops: a branch has no crops, so a whole example goes.
 
     Returns:
-        The remaining examples, and what was left out, in words.
+        Which example changes, what remains of it (None: nothing), and what was left out, in words.
 
     Raises:
         DataError: a single example of a single branch remains.
     """
-    kept = list(examples)
-    branched = [number for number, example in enumerate(kept) if len(example.tasks) > 1]
+    branched = [number for number, example in enumerate(examples) if len(example.tasks) > 1]
     if branched and not too_many_crops:
-        example = kept[branched[-1]]
+        number = branched[-1]
+        example = examples[number]
         last = len(example.tasks) - 1
         keep = (example.subsegment_ids < last) | (example.subsegment_ids == ROOT)
-        kept[branched[-1]] = dataclasses.replace(
+        remaining = dataclasses.replace(
             example,
             tasks=example.tasks[:-1],
             **{
@@ -38,7 +38,9 @@ def drop_last_branch(
                 for name in ("input_ids", "target_ids", "loss_weights", "position_ids", "subsegment_ids", "is_visual")
             },
         )
-        return kept, f"branch {last} of {example.uid}"
-    if len(kept) == 1:
-        raise DataError(kept[0].uid, found=f"{len(kept[0].input_ids)} tokens", expected="fewer: it fits in no sequence")
-    return kept[:-1], f"all of {kept[-1].uid}"
+        return number, remaining, f"branch {last}"
+    if len(examples) == 1:
+        raise DataError(
+            examples[0].uid, found=f"{len(examples[0].input_ids)} tokens", expected="fewer: it fits in no sequence"
+        )
+    return len(examples) - 1, None, "all of it"

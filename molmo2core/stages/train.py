@@ -6,20 +6,19 @@
 While it trains, everything to go on from lies beside the destination, in `<key>.resume`; killed at any moment and
 run again, training goes on from the last checkpoint to bit-identical weights.  For an `s3://` workspace that folder
 lies in this machine's cache, so that only the same machine can go on; the weights are committed to the store.
+
+Another recipe has another key and starts at step 0.  `resume_from` goes on from another key's unfinished training
+instead; if data, mixture or limits differ from that one's, only with `accept_changed_data`, which is recorded.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,18 +26,22 @@ from typing import Any
 from molmo2core import storage
 from molmo2core.errors import DataError, RecipeError, exit_with_message
 from molmo2core.launch.torchrun import run_torchrun
+from molmo2core.loading.deviations import CHANGED_DATA, DEVIATIONS
 from molmo2core.parallel.ranks import check_ranks
 from molmo2core.recipe.load import from_json, to_json
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import CheckpointRef, PackPlanRef, Reference, ShardsRef, read_reference, write_reference
 from molmo2core.stages.report import StageReport
 from molmo2core.stages.train_rank import METRICS, WEIGHTS
+from molmo2core.stages.train_resume import exclusive, resume_folder, taken_up
 from molmo2core.stages.train_tracking import following
 
 FORMAT = 3
 """Version of what training computes: part of the key."""
 _NOT_THE_RESULT = ("workspace", "run_name", "recipe_fingerprint", "tracking")
 _NOT_THE_TRAINED_RESULT = ("save_interval_steps", "loader_workers", "log_interval_steps")
+_TIMES = ("seconds", "time_ms", "waits")
+"""Fields of metrics that are not the same in another run of the same training."""
 _EDGE_STEPS = 10
 """First and last loss are means over so many steps: a single step's depends on its packs."""
 
@@ -53,7 +56,8 @@ def run(section: TrainSection, *, plan: Path, base: Path | None, output: Path) -
 
     Raises:
         RecipeError: ranks, batch and heads do not divide, or loss or gradients are not finite.
-        DataError: the plan is another stage's or too short, or inputs are missing.
+        DataError: the plan is another stage's or too short, inputs are missing, too many media are broken, or there
+            is nothing to resume from or it had other data.
         PlatformError: a rank died, or was asked to stop; run again to continue.
     """
     started = time.monotonic()
@@ -64,7 +68,7 @@ def run(section: TrainSection, *, plan: Path, base: Path | None, output: Path) -
     uri = storage.join(section.workspace, "checkpoints", section.stage, key)
     reused = storage.is_committed(uri)
     if not reused:
-        with _exclusive(_resume_folder(uri)) as folder:
+        with exclusive(resume_folder(uri)) as folder:
             _train(section, plan_ref, base_ref, key=key, uri=uri, folder=folder)
     found = storage.open_committed(uri)
     seconds = time.monotonic() - started
@@ -140,56 +144,48 @@ def _train(
         write_reference(reference, folder / f"{name}.json")
         arguments += [f"--{name}", str(folder / f"{name}.json")]
     started = time.monotonic()
-    with following(folder / METRICS, section, key=key, inputs=[reference for _, reference in inputs]):
-        run_torchrun("molmo2core.stages.train_rank", arguments, num_processes=section.training.num_processes)
-    metrics = read_metrics(folder / METRICS)
-    facts = training_facts(metrics) | {"seconds": round(time.monotonic() - started, 1)}
+    stage_uri = storage.join(section.workspace, "checkpoints", section.stage)
+    with taken_up(section, stage_uri, folder) as other:
+        arguments += ["--resume-from", str(other)] if other is not None else []
+        with following(folder, section, key=key, inputs=[reference for _, reference in inputs]):
+            run_torchrun("molmo2core.stages.train_rank", arguments, num_processes=section.training.num_processes)
+    metrics, deviations = read_lines(folder / METRICS), read_lines(folder / DEVIATIONS)
+    facts = training_facts(metrics, deviations) | {"seconds": round(time.monotonic() - started, 1)}
 
     def fill(destination: Path) -> dict[str, Any]:
         shutil.copytree(folder / WEIGHTS, destination, dirs_exist_ok=True)
-        timeless = [{name: line[name] for name in line if name not in ("seconds", "time_ms")} for line in metrics]
+        timeless = [{name: line[name] for name in line if name not in _TIMES} for line in metrics]
         (destination / METRICS).write_text("".join(json.dumps(line) + "\n" for line in timeless))
+        if deviations:
+            shutil.copyfile(folder / DEVIATIONS, destination / DEVIATIONS)
         return {"stage": section.stage, "key": key, "facts": facts}
 
     storage.commit_folder(uri, fill)
     shutil.rmtree(folder)
 
 
-def training_facts(metrics: list[dict[str, Any]]) -> dict[str, float]:
+def training_facts(metrics: list[dict[str, Any]], deviations: list[dict[str, Any]]) -> dict[str, float]:
     """What the steps of a whole training add up to; losses only if there was a step."""
     totals = {name: float(sum(line[name] for line in metrics)) for name in ("packs", "examples", "tokens")}
     facts = {"steps": float(len(metrics)), **totals}
     if metrics:
         facts |= {
             "examples_per_pack": round(totals["examples"] / totals["packs"], 2),
+            "token_fill": round(mean(line["fill"]["tokens"] for line in metrics), 4),
+            "crop_fill": round(mean(line["fill"]["crops"] for line in metrics), 4),
             "first_loss": mean(line["loss"] for line in metrics[:_EDGE_STEPS]),
             "last_loss": mean(line["loss"] for line in metrics[-_EDGE_STEPS:]),
             "training_seconds": round(sum(line["seconds"] for line in metrics), 1),
+            "waited_for_data_seconds": round(sum(line["waits"]["for_data"] for line in metrics), 1),
+            "replaced_examples": float(metrics[-1]["replaced"]),
         }
-    return facts
+    changed = [line["step"] for line in deviations if line["kind"] == CHANGED_DATA]
+    return facts | ({"data_changed_at_step": float(changed[-1])} if changed else {})
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines that rank 0 wrote; none after zero steps."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of JSON that rank 0 wrote; none if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def _resume_folder(uri: str) -> Path:
-    if not storage.is_remote(uri):
-        return Path(f"{uri}.resume")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache / "molmo2core" / "training" / f"{storage.content_key(uri)}.resume"
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[Path]:
-    """`folder`, made if missing, for this process alone: a retry waits until the run before is really gone."""
-    lock_file = folder / ".lock"
-    storage.create_bytes(str(lock_file), b"")  # replaces none: two that start at once lock the same file
-    with lock_file.open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder.mkdir(parents=True, exist_ok=True)  # the one before may have committed and removed it
-        yield folder
 
 
 def main(arguments: list[str] | None = None) -> int:

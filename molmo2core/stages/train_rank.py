@@ -1,8 +1,9 @@
 """What each rank of a training stage runs; started by stages.train through launch.torchrun.
 
-    --section FILE --plan REFERENCE [--base REFERENCE] --folder FOLDER
+    --section FILE --plan REFERENCE [--base REFERENCE] --folder FOLDER [--resume-from FOLDER]
 
-Rank 0 leaves `metrics.jsonl` in FOLDER, while training, and the weights in FOLDER/weights, at the end.
+Rank 0 leaves `metrics.jsonl` (and `deviations.jsonl`, if there are any) in FOLDER, while training, and the weights in
+FOLDER/weights, at the end.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--base", type=Path)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--resume-from", type=Path)
     options = parser.parse_args(arguments)
     section = from_json(options.section.read_text(), TrainSection)
     base = read_reference(options.base, CheckpointRef) if options.base else None
-    train_rank(section, read_reference(options.plan, PackPlanRef), base, options.folder)
+    train_rank(section, read_reference(options.plan, PackPlanRef), base, options.folder, options.resume_from)
     return 0
 
 
-def train_rank(section: TrainSection, plan: PackPlanRef, base: CheckpointRef | None, folder: Path) -> None:
+def train_rank(
+    section: TrainSection, plan: PackPlanRef, base: CheckpointRef | None, folder: Path, resume_from: Path | None
+) -> None:
     """Build model and loader, train, and let rank 0 write the weights."""
     import torch
 
@@ -66,6 +70,7 @@ def train_rank(section: TrainSection, plan: PackPlanRef, base: CheckpointRef | N
         _check_tokenizer(tokenizer_digest(fetched), shards, storage.resolve(section.workspace, section.tokenizer))
     loader = build_dataloader(
         read_plan(storage.fetch_committed(plan.uri, cache)),
+        plan,
         ExampleReader(shards, "train", cache),
         Preprocessor(
             geometry=section.model.geometry,
@@ -74,11 +79,11 @@ def train_rank(section: TrainSection, plan: PackPlanRef, base: CheckpointRef | N
             weighting=config.weighting,
             seed=section.seed,
         ),
-        fingerprint=plan.digest,
         global_batch_packs=config.global_batch_packs,
         data_parallel_rank=group,
         data_parallel_size=config.data_parallel,
         num_workers=config.loader_workers,
+        accept_changed_data=config.accept_changed_data,
     )
     weights = train(
         model,
@@ -89,7 +94,8 @@ def train_rank(section: TrainSection, plan: PackPlanRef, base: CheckpointRef | N
         metrics=folder / METRICS,
         name=section.stage,
         seed=section.seed,
-        sequence_tokens=section.packing.sequence_tokens,
+        packing=section.packing,
+        resume_from=resume_from,
     )
     if weights is not None:
         with torch.device("meta"):

@@ -7,25 +7,33 @@ curve in MLflow and a warning, never the training; the committed checkpoint hold
 from __future__ import annotations
 
 import json
+import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from molmo2core.loading.deviations import CHANGED_DATA, DEVIATIONS
 from molmo2core.recipe.load import flatten
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import PackPlanRef, Reference, ShardsRef
+from molmo2core.stages.train_rank import METRICS
+
+if TYPE_CHECKING:
+    from molmo2core.tracking.mlflow_run import TrackedRun
 
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 60.0
 """How long the end of training waits for the store to take what is left."""
+_TAG_CHARACTERS = 4000
 
 
 @contextmanager
-def following(path: Path, section: TrainSection, *, key: str, inputs: Sequence[Reference]) -> Iterator[None]:
-    """Forward the lines of `path` while the body runs; the run ends FINISHED or, if the body raises, FAILED."""
-    follower = _Follower(path, section, key, inputs)
+def following(folder: Path, section: TrainSection, *, key: str, inputs: Sequence[Reference]) -> Iterator[None]:
+    """Forward the metrics in `folder` while the body runs; the run ends FINISHED or, if the body raises, FAILED."""
+    follower = _Follower(folder, section, key, inputs)
     follower.start()
     try:
         yield
@@ -42,12 +50,14 @@ class _BodyFailed(Exception):
 
 
 class _Follower(threading.Thread):
-    def __init__(self, path: Path, section: TrainSection, key: str, inputs: Sequence[Reference]) -> None:
+    def __init__(self, folder: Path, section: TrainSection, key: str, inputs: Sequence[Reference]) -> None:
         super().__init__(name="metrics", daemon=True)
-        self.path, self.section, self.key, self.inputs = path, section, key, inputs
+        self.folder, self.section, self.key, self.inputs = folder, section, key, inputs
         self.done = threading.Event()
         self.succeeded = False
-        self._step = 0
+        self._lines = GrowingLines(folder / METRICS)
+        self._drawn: Counter[str] = Counter()
+        self._counted_step = self._sent_step = 0
 
     def run(self) -> None:
         try:
@@ -77,35 +87,79 @@ class _Follower(threading.Thread):
             finished = False
             while not finished:
                 finished = self.done.wait(_POLL_SECONDS)  # then once more, for the last lines
-                for line in self._new_lines():
-                    run.log_metrics(_flat(line), line["step"], line["time_ms"])
+                for line, drawn in self._new_lines():
+                    run.log_metrics(flat_metrics(line, drawn), line["step"], line["time_ms"])
+            self._send_deviations(run)
             if not self.succeeded:
                 raise _BodyFailed
 
-    def _new_lines(self) -> list[dict[str, Any]]:
-        """Every log interval's line and the last, from where the last call ended.
+    def _new_lines(self) -> list[tuple[dict[str, Any], dict[str, int]]]:
+        """Every log interval's line and the last, with the examples drawn since step 0, since the last call.
 
-        Steps that a resumed training does again come with the same step number and are not sent twice.
+        Steps that a resumed training does again come with the same step number and the same content, and are neither
+        sent nor counted twice.
         """
         interval, last = self.section.training.log_interval_steps, self.section.training.steps
         found = []
-        for text in self.path.read_text().splitlines() if self.path.is_file() else ():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                break  # still being written
-            if line["step"] > self._step and (line["step"] % interval == 0 or line["step"] == last):
-                found.append(line)
-                self._step = line["step"]
+        for line in self._lines.new():
+            step = line["step"]
+            if step > self._counted_step:
+                self._counted_step = step
+                self._drawn.update(line["drawn"])
+            if step > self._sent_step and (step % interval == 0 or step == last):
+                self._sent_step = step
+                found.append((line, dict(self._drawn)))
         return found
 
+    def _send_deviations(self, run: TrackedRun) -> None:
+        """The list as an artifact; a resume on other data also as a tag, where people look first."""
+        lines = list(GrowingLines(self.folder / DEVIATIONS).new())
+        if not lines:
+            return
+        run.log_artifact(self.folder / DEVIATIONS)
+        changed = [
+            f"step {line['step']}: {', '.join(line['changes'])}" for line in lines if line["kind"] == CHANGED_DATA
+        ]
+        if changed:
+            run.set_tags({"data_changed": "; ".join(changed)[:_TAG_CHARACTERS]})
 
-def _flat(line: dict[str, Any]) -> dict[str, float]:
-    """`learning_rate/decoder` and so on; step and time are the point's place, not its value."""
+
+class GrowingLines:
+    """The JSON lines of a file that another process appends to, or replaces by a shorter one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._inode, self._offset = 0, 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """Whole lines since the last call; all of them after the file was replaced."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._inode or found.st_size < self._offset:
+                self._inode, self._offset = found.st_ino, 0
+            file.seek(self._offset)
+            for text in file:
+                if not text.endswith(b"\n"):
+                    return  # still being written
+                self._offset += len(text)
+                yield json.loads(text)
+
+
+def flat_metrics(line: dict[str, Any], drawn: dict[str, int]) -> dict[str, float]:
+    """`learning_rate/decoder` and so on; step and time are the point's place, not its value.
+
+    Args:
+        line: of a metrics file.
+        drawn: examples by dataset since step 0, of which the proportions really drawn are `drawn/<dataset>`.
+    """
     metrics: dict[str, float] = {}
     for name, value in line.items():
-        if isinstance(value, dict):
+        if name == "drawn":
+            metrics |= {f"drawn/{dataset}": count / sum(drawn.values()) for dataset, count in drawn.items()}
+        elif isinstance(value, dict):
             metrics |= {f"{name}/{group}": number for group, number in value.items()}
         elif name not in ("step", "time_ms"):
             metrics[name] = value
-    return metrics
+    return metrics | {"examples_per_pack": line["examples"] / line["packs"]}

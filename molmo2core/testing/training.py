@@ -9,11 +9,15 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from molmo2core.examples import DOCUMENT, PADDING, ROOT, Batch
+from molmo2core.loading.provenance import Change
 from molmo2core.model.config import ModelConfig
+from molmo2core.packing.config import PackingConfig
 from molmo2core.special_tokens import EXTRA_TOKENS, IM_PATCH
 from molmo2core.training.config import GroupSchedule, OptimizerConfig, TrainingConfig
 
 Pack = dict[str, torch.Tensor]
+PACKING = PackingConfig(sequence_tokens=64, crop_budget=4)
+"""Budgets of the packs below, by default."""
 
 
 def random_pack(config: ModelConfig, seed: int, *, tokens: int = 64, images: int = 1, branches: int = 2) -> Pack:
@@ -63,11 +67,19 @@ def as_batch(packs: list[Pack]) -> Batch:
         loss_weight=float(sum(pack["loss_weights"].sum(dtype=torch.float64) for pack in packs)),
         num_tokens=sum(len(pack["input_ids"]) for pack in packs),
         num_examples=2 * len(packs),
+        num_crops=sum(len(pack["crops"]) for pack in packs),
+        drawn={"images": len(packs), "texts": len(packs)},
+        deviations=[],
+        data_wait_seconds=0.0,
+        loader_idle_seconds=0.0,
     )
 
 
 class PackStream(IterableDataset[Batch]):
     """Endless batches of one data-parallel group; position and state are counted in packs of all groups."""
+
+    datasets = ("images", "texts")
+    changes: tuple[Change, ...] = ()
 
     def __init__(self, config: ModelConfig, global_batch_packs: int, group: int, groups: int, **pack: Any) -> None:
         self.config, self.pack = config, pack

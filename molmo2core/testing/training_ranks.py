@@ -16,7 +16,7 @@ from composer import Callback, Trainer
 from molmo2core.errors import Molmo2Error
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.testing.tiny_model import tiny_model
-from molmo2core.testing.training import pack_loader, training_config
+from molmo2core.testing.training import PACKING, pack_loader, training_config
 from molmo2core.training import trainer
 from molmo2core.training.config import DropoutConfig, TrainingConfig
 
@@ -38,7 +38,7 @@ def train_tiny(
         metrics=folder / "metrics.jsonl",
         name="test",
         seed=0,
-        sequence_tokens=64,
+        packing=PACKING,
     )
     return weights, metrics_of(folder)
 

@@ -64,6 +64,12 @@ class TrainingConfig:
     """Ranks that share one sequence (Ulysses)."""
     loader_workers: int = 0
     """Loader processes per rank."""
+    resume_from: str = ""
+    """Key of an unfinished training of this stage (its folder is `<key>.resume`) to go on from instead of step 0: with
+    other settings, another number of processes, or a longer plan."""
+    accept_changed_data: bool = False
+    """Go on from `resume_from` although data, mixture or limits are not the same: from the same position in the new
+    plan.  What changed is recorded."""
     log_interval_steps: int = 10
     threads_per_process: int = 0
     """CPU threads per process; 0 shares the machine's cores evenly."""

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from composer import DataSpec, Time, Trainer
@@ -27,10 +27,13 @@ from torch.utils.data import DataLoader
 
 from molmo2core.errors import PlatformError, RecipeError
 from molmo2core.examples import Batch
+from molmo2core.loading.dataloader import worker_errors
 from molmo2core.model.backends import select_attention
 from molmo2core.model.molmo2 import Molmo2
+from molmo2core.packing.config import PackingConfig
 from molmo2core.parallel.context_parallel import apply_context_parallel
 from molmo2core.parallel.mesh import build_mesh
+from molmo2core.training.callbacks.data_record import DataRecord, DataSource
 from molmo2core.training.callbacks.finite_loss import FiniteLoss
 from molmo2core.training.callbacks.graceful_stop import GracefulStop
 from molmo2core.training.callbacks.group_clipping import GroupClipping
@@ -88,7 +91,8 @@ def train(
     metrics: Path,
     name: str,
     seed: int,
-    sequence_tokens: int,
+    packing: PackingConfig,
+    resume_from: Path | None = None,
 ) -> dict[str, torch.Tensor] | None:
     """Train `model`, from the newest checkpoint in `folder` if there is one, to the last step.
 
@@ -99,7 +103,8 @@ def train(
         folder: where checkpoints go, the same for all ranks.
         metrics: file that rank 0 appends a line per step to (callbacks/metrics_file.py).
         name: what step lines begin with.
-        sequence_tokens: longest pack.
+        packing: budgets of a pack.
+        resume_from: folder of another training, whose newest checkpoint is taken if `folder` has none.
 
     Returns:
         On rank 0 all trained parameters on CPU, by Molmo2's names; None on other ranks.
@@ -122,12 +127,13 @@ def train(
         metrics=metrics,
         name=name,
         seed=seed,
-        sequence_tokens=sequence_tokens,
+        packing=packing,
+        resume_from=resume_from,
         stop=stop,
     )
     try:
         if trainer.state.timestamp.batch < config.steps:  # killed after the last step: only the weights are wanted
-            with _disk_errors(folder):
+            with _disk_errors(folder), worker_errors():
                 trainer.fit()
         step = int(trainer.state.timestamp.batch.value)
         if stop.stopped and step < config.steps:
@@ -152,7 +158,8 @@ def build_trainer(
     metrics: Path,
     name: str,
     seed: int,
-    sequence_tokens: int,
+    packing: PackingConfig,
+    resume_from: Path | None,
     stop: GracefulStop,
 ) -> Trainer:
     """Composer's Trainer with every seam of DECISIONS D9; see `train`."""
@@ -170,7 +177,10 @@ def build_trainer(
     dist.barrier()  # all have looked before rank 0 tidies up
     if dist.get_global_rank() == 0:
         delete_other_checkpoints(folder, checkpoint)
+    if checkpoint is None and resume_from is not None:
+        checkpoint = newest_checkpoint(resume_from)
     clipping = GroupClipping(config.optimizer.clip_norm)
+    data = DataRecord(metrics, source=cast(DataSource, loader.dataset), packing=packing, counts=context_rank == 0)
     restore = RestoreRandomState()
     model.train()
     trainer = Trainer(
@@ -183,10 +193,11 @@ def build_trainer(
             GroupLearningRates(config.optimizer, config.steps),
             restore,
             FiniteLoss(),
+            data,
             MetricsFile(
                 metrics,
                 clipping=clipping,
-                counts_examples=context_rank == 0,
+                data=data,
                 steps=config.steps,
                 print_interval=config.log_interval_steps,
                 name=name,
@@ -195,7 +206,7 @@ def build_trainer(
         ],
         device=device,
         precision=config.precision,
-        device_train_microbatch_size=_packs_per_microbatch(config, device, sequence_tokens),
+        device_train_microbatch_size=_packs_per_microbatch(config, device, packing.sequence_tokens),
         accumulate_train_batch_on_tokens=True,
         parallelism_config=ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="sharded")) if ranks > 1 else None,
         seed=seed,

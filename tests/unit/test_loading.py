@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -14,10 +19,13 @@ import pytest
 import torch
 
 from molmo2core.errors import DataError, PlatformError
-from molmo2core.examples import PADDING, Batch, Example, TokenizedExample
-from molmo2core.loading import dataset as dataset_module
-from molmo2core.loading.dataloader import PackLoader, build_dataloader
+from molmo2core.examples import PADDING, Batch, Deviation, Example, TokenizedExample
+from molmo2core.loading import dataloader as dataloader_module
+from molmo2core.loading.collator import join_batches
+from molmo2core.loading.dataloader import PackLoader, build_dataloader, pack_bytes, prefetch_factor, worker_errors
+from molmo2core.loading.deviations import DeviationRecord
 from molmo2core.loading.fitting import drop_last_branch
+from molmo2core.loading.provenance import Change, summary
 from molmo2core.packing.config import PackingConfig
 from molmo2core.packing.plan import PackPlan
 from molmo2core.packing.plan_files import read_plan, write_plan
@@ -25,6 +33,7 @@ from molmo2core.preprocessing.branch_lengths import annotation_tokens_bounds
 from molmo2core.preprocessing.config import STYLES, PreprocessingConfig, VisualGeometry
 from molmo2core.preprocessing.lengths import root_bound
 from molmo2core.preprocessing.preprocessor import Preprocessor
+from molmo2core.references import PackPlanRef
 from molmo2core.shards.reader import ExampleReader
 from molmo2core.testing.tiny_examples import image_examples, text_examples, write_tiny_shards
 from molmo2core.testing.tiny_plan import plan_of_refs
@@ -42,6 +51,7 @@ class Data:
     """A real plan over real shards."""
 
     plan: PackPlan
+    reference: PackPlanRef
     reader: ExampleReader
     examples: list[Example]
 
@@ -56,13 +66,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     planned = plan_of_refs(
         refs, {"images": 0.8, "texts": 0.2}, packing=PACKING, num_packs=PACKS, geometry=GEOMETRY, limits=LIMITS
     )
-    write_plan(planned, {"images": 0.8, "texts": 0.2}, folder)
-    return Data(plan=read_plan(folder), reader=ExampleReader(refs, "train", folder / "cache"), examples=examples)
+    facts = write_plan(planned, {"images": 0.8, "texts": 0.2}, folder)
+    reference = PackPlanRef(uri="", digest="f1", stage="sft", num_packs=PACKS, facts=facts, parents=tuple(refs))
+    reader = ExampleReader(refs, "train", folder / "cache")
+    return Data(plan=read_plan(folder), reference=reference, reader=reader, examples=examples)
 
 
 def loader(data: Data, **changes: Any) -> PackLoader:
-    settings = {"fingerprint": "f1", "global_batch_packs": GLOBAL_BATCH, "strict": True} | changes
-    return build_dataloader(settings.pop("plan", data.plan), data.reader, PREPROCESSOR, **settings)
+    settings = {"global_batch_packs": GLOBAL_BATCH, "strict": True} | changes
+    plan, reference = settings.pop("plan", data.plan), settings.pop("reference", data.reference)
+    return build_dataloader(plan, reference, data.reader, settings.pop("preprocessor", PREPROCESSOR), **settings)
 
 
 def batches(packs: PackLoader, count: int) -> list[Batch]:
@@ -71,8 +84,9 @@ def batches(packs: PackLoader, count: int) -> list[Batch]:
 
 
 def same(first: Batch, second: Batch) -> bool:
-    """Equal to the last byte."""
-    if {k: v for k, v in first.items() if k != "packs"} != {k: v for k, v in second.items() if k != "packs"}:
+    """Equal to the last byte, but for how long somebody waited."""
+    names = first.keys() - {"packs", "data_wait_seconds", "loader_idle_seconds"}
+    if first.keys() != second.keys() or any(first[name] != second[name] for name in names):  # type: ignore[literal-required]
         return False
     return len(first["packs"]) == len(second["packs"]) and all(
         torch.equal(pack[name], other[name])
@@ -83,13 +97,8 @@ def same(first: Batch, second: Batch) -> bool:
 
 def joined(parts: list[Batch]) -> Batch:
     """What all ranks got for one step, in order of rank."""
-    return Batch(
-        packs=[pack for part in parts for pack in part["packs"]],
-        uids=[uids for part in parts for uids in part["uids"]],
-        loss_weight=round(sum(part["loss_weight"] for part in parts), 3),
-        num_tokens=sum(part["num_tokens"] for part in parts),
-        num_examples=sum(part["num_examples"] for part in parts),
-    )
+    batch = join_batches(parts)
+    return batch | {"loss_weight": round(batch["loss_weight"], 3)}
 
 
 @pytest.fixture(scope="module")
@@ -154,22 +163,87 @@ def test_resume_at_every_step_continues_exactly(data: Data, reference: list[Batc
         assert packs.dataset.state_dict(GLOBAL_BATCH, False)["packs"] == (step + 1) * GLOBAL_BATCH
 
 
-def test_state_has_one_schema_and_other_plans_are_refused(data: Data) -> None:
-    """Catches keys that sharded checkpoints would drop, and a resume that silently means other data."""
+def test_state_has_one_schema(data: Data) -> None:
+    """Catches keys that sharded checkpoints would drop, and positions between two steps."""
     packs = loader(data).dataset
     fresh, later = packs.state_dict(0, True), packs.state_dict(8, True)
-    assert fresh == {"packs": 0, "global_batch_packs": 4, "plan": "f1"}
-    assert fresh.keys() == later.keys()
-    for changed, words in (
-        ({"plan": "f0"}, "plan 'f0'"),
-        ({"global_batch_packs": 8}, "global_batch_packs 8"),
-    ):
-        with pytest.raises(DataError, match=f"position in another plan: {words}; expected plan 'f1', global_batch"):
-            packs.load_state_dict(later | changed)
-    with pytest.raises(DataError, match="another plan"):
+    assert fresh.keys() == later.keys() == {"packs", "made_from"}
+    assert (fresh["packs"], later["packs"]) == (0, 8)
+    assert len(fresh["made_from"]) < 2000, "a checkpoint holds it on every rank"
+    with pytest.raises(DataError, match="no position in a pack plan"):
         packs.load_state_dict({})
     with pytest.raises(DataError, match="6 packs; expected a multiple of the global batch of 4"):
         packs.state_dict(6, True)
+
+
+OTHER_SHARDS = "0" * 64
+
+
+def changed(data: Data, what: str) -> PackLoader:
+    """A loader of the same plan's packs with one thing changed, as a recipe would change it."""
+    reference, parents = data.reference, data.reference.parents
+    match what:
+        case "plan":
+            return loader(data, reference=dataclasses.replace(reference, digest="f2"))
+        case "shards.images":
+            # Other pixels or answers of the same lengths give an equal plan.
+            images = dataclasses.replace(parents[0], digest=OTHER_SHARDS)
+            return loader(data, reference=dataclasses.replace(reference, parents=(images, *parents[1:])))
+        case "mixture.texts":
+            facts = json.loads(json.dumps(reference.facts))
+            facts["draws"]["texts"]["wanted"] = 0.3
+            return loader(data, reference=dataclasses.replace(reference, facts=facts))
+        case "packing.crop_budget":
+            packing = dataclasses.replace(PACKING, crop_budget=10)
+            return loader(data, plan=dataclasses.replace(data.plan, packing=packing))
+        case "preprocessing.max_frames":
+            config = dataclasses.replace(LIMITS, max_frames=9)
+            return loader(data, preprocessor=dataclasses.replace(PREPROCESSOR, config=config))
+        case "weighting":
+            return loader(data, preprocessor=dataclasses.replace(PREPROCESSOR, weighting="none"))
+        case "seed":
+            return loader(data, preprocessor=dataclasses.replace(PREPROCESSOR, seed=6))
+        case "global_batch_packs":
+            return loader(data, global_batch_packs=2)
+    raise AssertionError(what)
+
+
+@pytest.mark.parametrize(
+    ("what", "then", "now"),
+    [
+        ("plan", '"f1"', '"f2"'),
+        ("shards.images", '"', f'"{OTHER_SHARDS[:16]}"'),
+        ("mixture.texts", "0.2", "0.3"),
+        ("packing.crop_budget", "9", "10"),
+        ("preprocessing.max_frames", "128", "9"),
+        ("weighting", '"described"', '"none"'),
+        ("seed", "5", "6"),
+        ("global_batch_packs", "4", "2"),
+    ],
+)
+def test_other_data_are_refused_with_what_changed(data: Data, what: str, then: str, now: str) -> None:
+    """Catches a resume that silently means other data, also when the plan stays the same, and a refusal that leaves
+    its reader to find out why; forced, the position is the same and the changes are told."""
+    state = loader(data).dataset.state_dict(8, True)
+    packs = changed(data, what).dataset
+    with pytest.raises(DataError) as error:
+        packs.load_state_dict(state)
+    (change,) = re.findall(r"\(then -> now\): (.*); expected the same", str(error.value))
+    assert re.fullmatch(rf"{re.escape(what)} {re.escape(then)}.* -> {re.escape(now)}", change), change
+    packs._accept_changed_data = True
+    packs.load_state_dict(state)
+    assert [str(change) for change in packs.changes] == [change]
+    assert packs.state_dict(0, False)["packs"] == 8
+    packs.load_state_dict(packs.state_dict(8, True))
+    assert packs.changes == ()
+
+
+def test_many_changes_are_summed_up(data: Data) -> None:
+    """Catches a message of pages when every share of a large mixture moves; what people changed comes first."""
+    changes = [Change(name=f"mixture.{n}", before=0.1, now=0.2) for n in range(40)]
+    text = summary([Change(name="plan", before="a", now="b"), *changes])
+    assert text.startswith("mixture.0 0.1 -> 0.2, mixture.1 ")
+    assert text.endswith(" and 29 more")
 
 
 def test_composer_saves_and_restores_the_position(data: Data) -> None:
@@ -190,7 +264,7 @@ def test_composer_saves_and_restores_the_position(data: Data) -> None:
     saved = state()
     saved.timestamp = Timestamp(sample_in_epoch=12, sample=12, batch=3, batch_in_epoch=3)
     dataset_state = saved._dataset_state_dict()
-    assert dataset_state["train"] == {"packs": 12, "global_batch_packs": 4, "plan": "f1"}
+    assert dataset_state["train"]["packs"] == 12
     resumed = state()
     resumed._load_dataset_state(dataset_state)
     packs = resumed.train_dataloader
@@ -244,57 +318,67 @@ def breaking(broken: set[str]) -> Preprocessor:
 def test_broken_media_are_replaced_in_their_pack(
     data: Data, reference: list[Batch], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a broken file that stops training, changes other packs, or depends on the number of workers."""
+    """Catches a broken file that stops training, changes other packs, depends on the number of workers, or is not
+    told with reason and substitute."""
+    preprocessor = breaking({"images-train-3", "images-train-8"})
     made = [
         [
             joined([batch])
-            for batch in batches(
-                build_dataloader(
-                    data.plan,
-                    data.reader,
-                    breaking({"images-train-3", "images-train-8"}),
-                    fingerprint="f1",
-                    global_batch_packs=GLOBAL_BATCH,
-                    num_workers=workers,
-                    strict=True,
-                ),
-                len(reference),
-            )
+            for batch in batches(loader(data, preprocessor=preprocessor, num_workers=workers), len(reference))
         ]
         for workers in (0, 2)
     ]
     assert all(same(first, second) for first, second in zip(*made, strict=True))
     planned = [names for batch in reference for names in batch["uids"]]
     packs = [(names, pack) for batch in made[0] for names, pack in zip(batch["uids"], batch["packs"], strict=True)]
-    touched = 0
-    for names, (uids, pack) in zip(planned, packs, strict=True):
+    expected = []
+    for index, (names, (uids, pack)) in enumerate(zip(planned, packs, strict=True)):
         good = tuple(name for name in names if name not in Breaking.broken)
-        touched += good != names
+        stand_ins = [f"{uid.partition('-')[0]}/{uid}" for uid in uids[len(good) :]]
+        broken = [name for name in names if name in Breaking.broken]
+        expected += [
+            Deviation(kind="replaced", pack=index, dataset="images", uid=uid, why=f"{uid}: truncated JPEG", by=by)
+            for uid, by in itertools.zip_longest(broken, stand_ins, fillvalue="")
+        ]
         assert uids[: len(good)] == good
         assert len(uids) <= len(names)
         assert not Breaking.broken & set(uids)
         assert len(pack["input_ids"]) <= PACKING.sequence_tokens
         assert len(pack["crops"]) <= PACKING.crop_budget
-    assert touched >= 2
+    assert len(expected) >= 2
+    assert any(deviation.by for deviation in expected)
+    assert [deviation for batch in made[0] for deviation in batch["deviations"]] == expected
+    assert sum(sum(batch["drawn"].values()) for batch in made[0]) == sum(len(uids) for uids, _ in packs)
     printed = capfd.readouterr().err
-    assert "broken: images/images-train-3: images-train-3: truncated JPEG" in printed
+    assert "replaced: images/images-train-3: images-train-3: truncated JPEG; " in printed
     assert "stands in" in printed
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_broken_media_end_training(data: Data, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    """Catches a training that goes on without its data."""
-    monkeypatch.setattr(dataset_module, "MIN_BROKEN", 3)
-    packs = build_dataloader(
-        data.plan,
-        data.reader,
-        breaking({example.uid for example in data.examples[:14]}),
-        fingerprint="f1",
-        global_batch_packs=GLOBAL_BATCH,
-        num_workers=workers,
-    )
-    with pytest.raises(DataError, match=r"4 media cannot be decoded, of [0-9]+ reads"):
-        batches(packs, PACKS // GLOBAL_BATCH)
+def test_a_pack_without_any_medium_is_an_error(data: Data, workers: int) -> None:
+    """Catches an endless search, or an empty pack, when nothing decodes."""
+    packs = loader(data, preprocessor=breaking({example.uid for example in data.examples}), num_workers=workers)
+    with pytest.raises(DataError, match="pack 0: every medium is broken, and no substitute fits"):
+        batches(packs, 1)
+
+
+@pytest.mark.parametrize(
+    ("media", "each", "drawn", "raises"),
+    [(10, 50, 600, False), (11, 1, 1200, False), (11, 1, 1000, True), (11, 100, 99_999, True)],
+)
+def test_too_many_broken_media_are_an_error(media: int, each: int, drawn: int, raises: bool) -> None:
+    """Up to 10 different media are always borne, more only up to one example in a hundred.  Catches a limit on how
+    often the same medium comes round again, and one that a long run cannot reach any more."""
+    record = DeviationRecord()
+    broken = [
+        Deviation(kind="replaced", pack=n, dataset="images", uid=str(n % media), why="") for n in range(media * each)
+    ]
+    record.add([*broken, dataclasses.replace(broken[0], kind="shortened", uid="long")], drawn)
+    if not raises:
+        record.check("step 1")
+        return
+    with pytest.raises(DataError, match=rf"{media * each} of {drawn} examples .* {media} media do not decode"):
+        record.check("step 1")
 
 
 def test_pack_larger_than_planned_is_an_error_or_cut(data: Data, capfd: pytest.CaptureFixture[str]) -> None:
@@ -307,23 +391,25 @@ def test_pack_larger_than_planned_is_an_error_or_cut(data: Data, capfd: pytest.C
     assert all(same(batch, other) for batch, other in zip(first, second, strict=True))
     assert max(len(pack["input_ids"]) for batch in first for pack in batch["packs"]) <= 330
     assert "left out branch" in capfd.readouterr().err
+    told = [deviation for batch in first for deviation in batch["deviations"]]
+    assert {deviation.kind for deviation in told} == {"shortened"}
+    assert any(deviation.why.endswith("left out branch 11") for deviation in told)
 
 
 def test_dropped_branch_leaves_root_and_other_branches(data: Data) -> None:
     """Catches a cut that takes root tokens, or leaves a part of the branch."""
     example = next(example for example in data.examples if len(example.annotations) > 2)
     whole = PREPROCESSOR.tokenize(example, epoch=0)
-    (cut,), what = drop_last_branch([whole], too_many_crops=False)
+    number, cut, what = drop_last_branch([whole], too_many_crops=False)
+    assert cut is not None
     last = len(whole.tasks) - 1
-    assert what == f"branch {last} of {example.uid}"
+    assert (number, what) == (0, f"branch {last}")
     keep = whole.subsegment_ids != last
     assert 0 < keep.sum() < len(keep)
     for name in ("input_ids", "target_ids", "position_ids", "subsegment_ids", "loss_weights", "is_visual"):
         assert np.array_equal(getattr(cut, name), getattr(whole, name)[keep])
     assert cut.tasks == whole.tasks[:-1]
-    kept, what = drop_last_branch([whole, cut], too_many_crops=True)
-    assert kept == [whole]
-    assert what == f"all of {example.uid}"
+    assert drop_last_branch([whole, cut], too_many_crops=True) == (1, None, "all of it")
 
 
 def test_workers_outlive_sigterm_and_their_death_is_a_platform_error(data: Data) -> None:
@@ -344,19 +430,20 @@ def test_workers_outlive_sigterm_and_their_death_is_a_platform_error(data: Data)
 
 EXIT_WITH_LIVE_WORKERS = """
 from torch.utils.data import IterableDataset
-from molmo2core.errors import DataError
-from molmo2core.loading.dataloader import PackLoader, _start_worker
+from molmo2core.loading.collator import collate_packs
+from molmo2core.loading.dataloader import PackLoader
 
 class Endless(IterableDataset):
+    packs_per_rank = 1
     def __iter__(self):
         while True:
-            yield 1
+            yield collate_packs([])
 
 class Looped:
     pass
 
 kept = Looped()
-kept.batches = iter(PackLoader(Endless(), num_workers=2, worker_init_fn=_start_worker))
+kept.batches = iter(PackLoader(Endless(), num_workers=2))
 kept.itself = kept
 print(next(kept.batches))
 raise SystemExit(3)
@@ -367,6 +454,92 @@ def test_process_with_live_workers_can_exit() -> None:
     """Catches workers that ignore SIGTERM and so hold a failed training process for ever when it exits."""
     run = subprocess.run([sys.executable, "-c", EXIT_WITH_LIVE_WORKERS], timeout=60, capture_output=True, check=False)
     assert run.returncode == 3, run.stderr.decode()
+
+
+HUNG_WORKER = """
+import time
+from torch.utils.data import IterableDataset
+from molmo2core.errors import PlatformError
+from molmo2core.loading.collator import collate_packs
+from molmo2core.loading.dataloader import PackLoader
+
+class Hung(IterableDataset):
+    packs_per_rank = 1
+    def __iter__(self):
+        yield collate_packs([])
+        time.sleep(3600)
+
+batches = iter(PackLoader(Hung(), num_workers=1, timeout_seconds=2))
+next(batches)
+try:
+    next(batches)
+except PlatformError as error:
+    print(error)
+    raise SystemExit(error.exit_code)
+"""
+
+
+def test_a_hung_worker_is_a_platform_error_and_does_not_outlive_it() -> None:
+    """Catches a decoder that stands still and training with it, and a process that cannot end because of it."""
+    run = subprocess.run([sys.executable, "-c", HUNG_WORKER], timeout=60, capture_output=True, check=False)
+    assert run.returncode == 75, run.stderr.decode()
+    assert b"data loader: DataLoader timed out after 2 seconds" in run.stdout
+
+
+def test_a_worker_that_dies_during_a_step_is_a_platform_error(data: Data) -> None:
+    """torch raises where the main thread happens to be.  Catches an internal error out of the optimizer."""
+    packs = loader(data, num_workers=1)
+    iterator = iter(packs)
+    next(iterator)
+    (child,) = torch.multiprocessing.active_children()
+    with pytest.raises(PlatformError, match=r"DataLoader worker .* is killed by signal: Killed"), worker_errors():
+        child.kill()
+        time.sleep(30)
+
+
+@pytest.mark.parametrize(("workers", "packs", "ahead"), [(1, 1, 2), (2, 4, 6), (6, 16, 24), (4, 1, 8)])
+def test_workers_hold_a_batch_and_little_more(workers: int, packs: int, ahead: int) -> None:
+    """Catches memory that grows with workers times the batch, and workers that cannot prepare the next step."""
+    assert workers * prefetch_factor(packs, workers) == ahead >= packs + workers
+
+
+def test_a_pack_takes_no_more_bytes_than_stated(data: Data, reference: list[Batch]) -> None:
+    """The bound on which memory is planned, against real packs; and the numbers that the module states."""
+    sizes = [sum(tensor.nbytes for tensor in pack.values()) for batch in reference for pack in batch["packs"]]
+    bound = pack_bytes(PACKING, GEOMETRY)
+    assert bound / 2 < max(sizes) <= bound
+    stated = [
+        pack_bytes(PackingConfig(sequence_tokens=tokens, crop_budget=crops), VisualGeometry()) / 1e6
+        for tokens, crops in ((16_384, 128), (36_864, 384))
+    ]
+    assert dataloader_module.__doc__ is not None
+    assert all(f"{megabytes:.1f} MB" in dataloader_module.__doc__ for megabytes in stated), stated
+
+
+def test_too_little_shared_memory_is_an_error_before_training(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a container with its usual 64 MB: the worker that fills them dies by SIGBUS, hours later or at once."""
+    usage = type(shutil.disk_usage("."))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1_000_000, 0, 1_000_000))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    loader(data, num_workers=0)
+    with pytest.raises(PlatformError, match=r"/dev/shm: 1 MB; expected \d+ MB: 8 ranks with 6 packs ahead"):
+        loader(data, num_workers=2)
+
+
+def test_batches_tell_what_was_drawn_and_who_waited(data: Data, reference: list[Batch]) -> None:
+    """Catches counts of another pack than the tensors', and waits that are always zero."""
+    for batch in reference:
+        names = [uid.partition("-")[0] for uids in batch["uids"] for uid in uids]
+        assert batch["drawn"] == {name: names.count(name) for name in set(names)}
+        assert batch["num_examples"] == len(names)
+        assert batch["num_crops"] == sum(len(pack["crops"]) for pack in batch["packs"])
+    slow = iter(loader(data, num_workers=1))
+    first, *_, _ = next(slow), next(slow), time.sleep(1.0)
+    later = [next(slow) for _ in range(3)]
+    assert first["data_wait_seconds"] > 0.0
+    assert first["loader_idle_seconds"] < 0.1
+    assert max(batch["loader_idle_seconds"] for batch in later) > 0.5
+    assert later[0]["data_wait_seconds"] < 0.5
 
 
 def test_bounds_hold_for_every_epoch(data: Data) -> None:

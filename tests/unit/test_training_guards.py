@@ -18,7 +18,7 @@ from molmo2core.model.attention import AttentionMask
 from molmo2core.model.loss import weighted_loss
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.testing.tiny_model import tiny_model
-from molmo2core.testing.training import pack_loader, training_config
+from molmo2core.testing.training import PACKING, pack_loader, training_config
 from molmo2core.testing.training_ranks import metrics_of, signal_after, train_tiny
 from molmo2core.training import trainer
 from molmo2core.training.composer_guards import RestoreRandomState, delete_other_checkpoints, newest_checkpoint
@@ -131,7 +131,7 @@ def test_zero_steps_hand_over_the_weights_as_they_are(tmp_path: Path) -> None:
         metrics=tmp_path / "metrics.jsonl",
         name="test",
         seed=0,
-        sequence_tokens=64,
+        packing=PACKING,
     )
     assert_identical(weights, tiny_model().state_dict())
 

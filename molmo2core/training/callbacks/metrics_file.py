@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import torch
 from composer import Callback
 from composer.utils import dist
 
@@ -17,15 +16,17 @@ from molmo2core.training.callbacks.group_clipping import GroupClipping
 if TYPE_CHECKING:
     from composer import Logger, State
 
+    from molmo2core.training.callbacks.data_record import DataRecord
+
 
 class MetricsFile(Callback):  # type: ignore[misc]
     """Rank 0 appends one JSON line per step, and prints a line now and then.
 
-    Fields: `step`, `loss` (cross-entropy), `z`, `learning_rate` and `gradient_norm` by group, `packs`, `examples`
-    and `tokens` of the step, `seconds` it took and `time_ms` at its end.
+    Fields: `step`, `loss` (cross-entropy), `z`, `learning_rate` and `gradient_norm` by group, `packs` and `tokens` of
+    the step, those of DataRecord.line, `seconds` it took and `time_ms` at its end.
 
     Args:
-        counts_examples: whether this rank's batch counts; ranks that share sequences see the same batch.
+        data: a callback that comes before this one.
     """
 
     def __init__(
@@ -33,13 +34,13 @@ class MetricsFile(Callback):  # type: ignore[misc]
         path: Path,
         *,
         clipping: GroupClipping,
-        counts_examples: bool,
+        data: DataRecord,
         steps: int,
         print_interval: int,
         name: str,
     ) -> None:
         self.path, self.clipping, self.steps, self.name = path, clipping, steps, name
-        self.counts_examples, self.print_interval = counts_examples, print_interval
+        self.data, self.print_interval = data, print_interval
         self._file: IO[str] | None = None
         self._started = self._last = 0.0
         self._first_step = 0
@@ -56,11 +57,6 @@ class MetricsFile(Callback):  # type: ignore[misc]
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """One line."""
-        examples = int(state.batch["num_examples"]) if self.counts_examples else 0
-        if dist.get_world_size() > 1:
-            total = state.device.tensor_to_device(torch.tensor([examples]))
-            dist.all_reduce(total, reduce_operation="SUM")
-            examples = int(total.item())
         if self._file is None:
             return
         now = time.monotonic()
@@ -73,8 +69,8 @@ class MetricsFile(Callback):  # type: ignore[misc]
             "learning_rate": {group["name"]: group["lr"] for group in state.optimizers[0].param_groups},
             "gradient_norm": dict(self.clipping.norms),
             "packs": int(after.sample.value - before.sample.value),
-            "examples": examples,
             "tokens": int(after.token.value - before.token.value),
+            **self.data.line,
             "seconds": round(now - self._last, 4),
             "time_ms": int(time.time() * 1000),
         }
@@ -85,7 +81,9 @@ class MetricsFile(Callback):  # type: ignore[misc]
             pace = (now - self._started) / (step - self._first_step)
             left = int(pace * (self.steps - step))
             print(
-                f"{self.name}: step {step}/{self.steps}  loss {line['loss']:.3f}  {pace:.2f} s/step  "
+                f"{self.name}: step {step}/{self.steps}  loss {line['loss']:.3f}  {pace:.2f} s/step, "
+                f"{line['waits']['for_data']:.2f} for data  {line['examples'] / line['packs']:.1f} examples/pack  "
+                f"tokens {line['fill']['tokens']:.0%}, crops {line['fill']['crops']:.0%}  "
                 f"{left // 60}:{left % 60:02d} left",
                 flush=True,
             )
