@@ -208,7 +208,7 @@ def build_trainer(
         precision=config.precision,
         device_train_microbatch_size=_packs_per_microbatch(config, device, packing.sequence_tokens),
         accumulate_train_batch_on_tokens=True,
-        parallelism_config=ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="sharded")) if ranks > 1 else None,
+        parallelism_config=_sharding(ranks, checkpoint),
         seed=seed,
         dist_timeout=_TIMEOUT_SECONDS,
         run_name=name,
@@ -223,9 +223,20 @@ def build_trainer(
         save_overwrite=True,
     )
     restore.trainer = trainer
-    if ranks > 1:
+    if _sharding(ranks, checkpoint) is not None:
         check_fsdp2(trainer.state)
     return trainer
+
+
+def _sharding(ranks: int, checkpoint: Path | None) -> ParallelismConfig | None:
+    """FSDP2 over several ranks; or in the form that `checkpoint`, perhaps of another number of ranks, was saved in.
+
+    Composer loads a file into whole state dicts only, and a folder of shards into sharded ones only.
+    """
+    if ranks == 1 and (checkpoint is None or checkpoint.is_file()):
+        return None
+    is_whole = checkpoint is not None and checkpoint.is_file()
+    return ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full" if is_whole else "sharded"))
 
 
 def _data_spec(loader: DataLoader[Batch], model: Molmo2, config: TrainingConfig, context_rank: int) -> DataSpec:
