@@ -12,6 +12,7 @@ The endpoint of S3 comes from the environment (`AWS_ENDPOINT_URL_S3`, mlflow_gx_
 from __future__ import annotations
 
 import errno
+import fnmatch
 import functools
 import hashlib
 import json
@@ -365,7 +366,7 @@ def commit_folder(
     with _disk_errors(uri):
         parent.mkdir(parents=True, exist_ok=True)
         attempt = Path(tempfile.mkdtemp(prefix=_ATTEMPT, dir=parent))
-    _remove_abandoned_attempts(parent)
+    _remove_abandoned_attempts(str(parent))
     collected = collected or {}
     try:
         with _disk_errors(uri):
@@ -414,14 +415,43 @@ def _remove_objects(uri: str, names: Sequence[str]) -> None:
             )
 
 
+def remove_abandoned(parent: str, pattern: str, *, keep: str = "") -> None:
+    """Remove the folders right below `parent` with names like `pattern` in which nothing has changed for a week.
+
+    What cannot be removed stays, for want of rights or because another process removes it too.
+    """
+    with suppress(DataError, PlatformError, OSError):
+        for name in fnmatch.filter(_list_folders(parent), pattern):
+            if name != keep and time.time() - _last_change(join(parent, name)) > ABANDONED_SECONDS:
+                remove_folder(join(parent, name))
+
+
+def _list_folders(uri: str) -> list[str]:
+    if not is_remote(uri):
+        return [path.name for path in Path(uri).iterdir() if path.is_dir()]
+    location = _bucket_key(join(uri, ""))
+    with _s3_errors(uri):
+        pages = _client().get_paginator("list_objects_v2")
+        found = pages.paginate(Bucket=location["Bucket"], Prefix=location["Key"], Delimiter="/")
+        prefixes = [item["Prefix"] for page in found for item in page.get("CommonPrefixes", [])]
+    return [prefix[len(location["Key"]) : -1] for prefix in prefixes]
+
+
+def _last_change(uri: str) -> float:
+    """Unix time of the newest change to a folder."""
+    if not is_remote(uri):
+        # ctime: unlike mtime, copying a file with its times does not set it back
+        return max(path.lstat().st_ctime for path in (Path(uri), *Path(uri).rglob("*")))
+    location = _bucket_key(join(uri, ""))
+    with _s3_errors(uri):
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=location["Bucket"], Prefix=location["Key"])
+        times = [item["LastModified"].timestamp() for page in pages for item in page.get("Contents", [])]
+    return max(times, default=time.time())
+
+
 @functools.cache  # a folder of thousands of parts is looked through once, not for each part
-def _remove_abandoned_attempts(parent: Path) -> None:
-    for attempt in parent.glob(f"{_ATTEMPT}*"):
-        with suppress(OSError):  # another process may be removing it, or own it
-            # ctime: unlike mtime, copying a file with its times does not set it back
-            changed = max(path.lstat().st_ctime for path in (attempt, *attempt.rglob("*")))
-            if time.time() - changed > ABANDONED_SECONDS:
-                shutil.rmtree(attempt, ignore_errors=True)
+def _remove_abandoned_attempts(parent: str) -> None:
+    remove_abandoned(parent, f"{_ATTEMPT}*")
 
 
 def _link_or_copy(source: Path, destination: Path) -> None:
@@ -474,23 +504,11 @@ def _publish_remote(uri: str, attempt: Path, marker: dict[str, Any], collected: 
                 pass
         put(MARKER)
         won = create_bytes(join(uri, MARKER), _marker_bytes(marker | {"at": [at]}))
-    with suppress(DataError, PlatformError):  # the folder stands, whatever becomes of the others
-        _remove_uploads(uri, keep=at if won else "", lost="" if won else at)
-
-
-def _remove_uploads(uri: str, *, keep: str, lost: str) -> None:
-    """Remove the upload that lost, and those that nobody has added to for a long time, never the one that stands."""
-    location = _bucket_key(join(uri, _UPLOAD))
-    standing = keep or open_committed(uri).uri.rpartition("/")[2]
-    changed: dict[str, float] = {}
-    with _s3_errors(uri):
-        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=location["Bucket"], Prefix=location["Key"])
-        for item in (item for page in pages for item in page.get("Contents", [])):
-            upload = _UPLOAD + item["Key"][len(location["Key"]) :].partition("/")[0]
-            changed[upload] = max(changed.get(upload, 0.0), item["LastModified"].timestamp())
-    for upload, seconds in changed.items():
-        if upload != standing and (upload == lost or time.time() - seconds > ABANDONED_SECONDS):
-            remove_folder(join(uri, upload))
+    standing = at if won else open_committed(uri).uri.rpartition("/")[2]  # after a lost answer it may be ours after all
+    if standing != at:
+        with suppress(DataError, PlatformError):  # no right to delete is no reason to fail
+            remove_folder(join(uri, at))
+    remove_abandoned(uri, f"{_UPLOAD}*", keep=standing)
 
 
 @functools.cache

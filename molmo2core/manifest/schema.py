@@ -37,7 +37,7 @@ from molmo2core.annotations import (
 )
 from molmo2core.errors import DataError
 from molmo2core.examples import Example, ManifestRow, Media, Split, Subtitle
-from molmo2core.storage import read_bytes
+from molmo2core.storage import opened
 
 _SHOWN_CHARACTERS = 80
 
@@ -149,14 +149,16 @@ def read_manifest(uri: str) -> Iterator[ManifestRow]:
 
 
 def read_lines(uri: str) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, content) of every line that is not blank.
+    """(1-based number, content) of every line that is not blank, without holding them all.
 
     Raises:
         DataError: there is no such file.
     """
-    for number, line in enumerate(read_bytes(uri).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if line.strip():
-            yield number, line
+    with opened(uri) as file:
+        for number, line in enumerate(file, 1):
+            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if content.strip():
+                yield number, content.removesuffix(b"\n")
 
 
 def row_from_line(uri: str, number: int, line: bytes) -> ManifestRow | Problem:

@@ -4,6 +4,9 @@ Columns: `uid`, `dataset`, `split`, `kind` (str), `media` (bytes: the files in o
 duration, frame rate, start of the clip, subtitles), `annotations` (bytes: JSON of manifest.schema).  streaming passes
 `bytes` through unchecked, so reading checks.
 
+The rest of what a planner must know (lengths.SampleLengths) stands beside them: `grid_fps` (float64), `subtitle_tokens`
+(int), `branch_tokens` (JSON: for each annotation its bound in each style).  The side table repeats all of it.
+
 Frame of several files: u32 count, count x u64 length, then the files; all little-endian.
 """
 
@@ -18,6 +21,8 @@ import numpy as np
 from molmo2core.errors import DataError
 from molmo2core.examples import Example, Media, Subtitle
 from molmo2core.manifest.schema import annotations_from_json, annotations_to_json
+from molmo2core.shards.lengths import SampleLengths
+from molmo2core.shards.mds import Value
 
 COLUMNS = {
     "uid": "str",
@@ -27,13 +32,16 @@ COLUMNS = {
     "media": "bytes",
     "meta": "bytes",
     "annotations": "bytes",
+    "grid_fps": "float64",
+    "subtitle_tokens": "int",
+    "branch_tokens": "json",
 }
 MAX_SAMPLE_BYTES = (1 << 32) - (1 << 20)
 """Offsets within a shard are 32 bit."""
 
 
-def sample_from_example(example: Example) -> dict[str, str | bytes]:
-    """The columns of one example.
+def sample_from_example(example: Example, lengths: SampleLengths) -> dict[str, Value]:
+    """The columns of one example and its bounds.
 
     Raises:
         DataError: the media are too large for a shard.
@@ -61,11 +69,14 @@ def sample_from_example(example: Example) -> dict[str, str | bytes]:
         "media": frame_files(media.files),
         "meta": json.dumps(meta).encode(),
         "annotations": annotations_to_json(example.annotations),
+        "grid_fps": lengths.grid_fps,
+        "subtitle_tokens": lengths.subtitle_tokens,
+        "branch_tokens": [list(tokens) for tokens in lengths.branch_tokens],
     }
 
 
 def example_from_sample(sample: Mapping[str, Any]) -> Example:
-    """Inverse of `sample_from_example`.
+    """The example of a sample.
 
     Raises:
         DataError: the bytes are not what was written (a damaged shard, or one of another program).
@@ -90,6 +101,21 @@ def example_from_sample(sample: Mapping[str, Any]) -> Example:
         )
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(where, found=f"damaged or foreign sample ({error})", mend="build the shards again") from error
+
+
+def lengths_from_sample(sample: Mapping[str, Any]) -> SampleLengths:
+    """The bounds of a sample: its row of the side table."""
+    example = example_from_sample(sample)
+    return SampleLengths(
+        uid=example.uid,
+        kind=example.media.kind,
+        sizes=example.media.sizes,
+        duration_seconds=example.media.duration_seconds,
+        fps=example.media.fps,
+        grid_fps=float(sample["grid_fps"]),
+        subtitle_tokens=int(sample["subtitle_tokens"]),
+        branch_tokens=tuple(map(tuple, sample["branch_tokens"])),
+    )
 
 
 def frame_files(files: Sequence[bytes]) -> bytes:

@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +114,19 @@ def build_table(rows: Sequence[SampleLengths], shard_samples: Sequence[int]) -> 
     )
 
 
+def join_tables(tables: Sequence[LengthsTable]) -> LengthsTable:
+    """One table of the samples of all tables, which are at least one, in their order."""
+
+    def join(name: str) -> npt.NDArray[Any]:
+        columns = [getattr(table, name) for table in tables]
+        if name.endswith("_offsets"):
+            return _offsets(np.concatenate([np.diff(column) for column in columns]))
+        return np.concatenate(columns)
+
+    uids = tuple(uid for table in tables for uid in table.uids)
+    return LengthsTable(**{name: join(name) for name in LengthsTable.__dataclass_fields__ if name != "uids"}, uids=uids)
+
+
 def encode_table(table: LengthsTable) -> bytes:
     """The table as the content of an .npz file; equal tables give equal bytes."""
     buffer = io.BytesIO()
@@ -143,5 +157,5 @@ def read_table(split_uri: str) -> LengthsTable:
     return decode_table(storage.read_bytes(uri), uri)
 
 
-def _offsets(counts: Sequence[int]) -> npt.NDArray[np.int64]:
+def _offsets(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)

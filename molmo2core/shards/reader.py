@@ -12,6 +12,7 @@ from molmo2core import storage
 from molmo2core.errors import DataError
 from molmo2core.examples import Example, Split
 from molmo2core.references import ShardsRef
+from molmo2core.shards import index
 from molmo2core.shards.encoding import example_from_sample
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class ExampleReader:
     """Random access over the concatenation of `refs`, in their order; a real StreamingDataset underneath.
 
     Shards in a local workspace are read in place; shards behind `s3://` are cached below `cache`, in a folder named
-    by content, each downloaded when first needed.  May be forked or pickled into loader workers.  In a process group,
+    by content, each downloaded when first needed.  Reference, marker, index and shards are each checked by the
+    checksum that the one before holds.  May be forked or pickled into loader workers.  In a process group,
     all ranks must build it together.
 
     Args:
@@ -50,10 +52,11 @@ class ExampleReader:
             found = storage.open_committed(ref.uri)
             if found.digest != ref.digest:
                 raise DataError(ref.uri, found=f"digest {found.digest}", expected=ref.digest, mend="build them again")
+            listing = found.read(f"{split}/{index.FILE}")
             if storage.is_remote(found.uri):
-                stream = GuardedStream(local=cache / ref.digest, split=split, source=found.uri)
+                stream = GuardedStream(local=cache / ref.digest, split=split, listing=listing, source=found.uri)
             else:
-                stream = GuardedStream(local=Path(found.uri), split=split)
+                stream = GuardedStream(local=Path(found.uri), split=split, listing=listing)
             listed = sum(file.num_samples for file in stream.files.values())
             if listed != size:
                 raise DataError(storage.join(ref.uri, split), found=f"{listed} samples", expected=str(size))
@@ -61,7 +64,6 @@ class ExampleReader:
         if not streams:
             raise DataError(f"split {split}", found="no samples", expected="at least one", mend="check the manifests")
         self._samples: GuardedStreamingDataset = GuardedStreamingDataset(streams)
-        self._is_remote = any(stream.source for stream in streams)
         self._prefetcher: tuple[int, ThreadPoolExecutor] | None = None
 
     def __len__(self) -> int:
@@ -79,12 +81,13 @@ class ExampleReader:
         return example_from_sample(self._samples[index])
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Start downloading the shards of these examples, if they are not local; errors wait for `example`."""
-        if not self._is_remote:
+        """Start downloading and checking the shards of these examples; errors wait for `example`."""
+        waiting = self._samples.unready_shards(indices)
+        if not waiting:
             return
         if self._prefetcher is None or self._prefetcher[0] != os.getpid():  # threads do not survive a fork
             self._prefetcher = os.getpid(), ThreadPoolExecutor(max_workers=2, thread_name_prefix="shards")
-        for shard in {int(self._samples.spanner[index][0]) for index in indices}:
+        for shard in waiting:
             self._prefetcher[1].submit(self._samples.prepare_shard, shard, False)
 
     def __getstate__(self) -> dict[str, Any]:

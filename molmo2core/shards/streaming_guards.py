@@ -2,14 +2,16 @@
 
 1. A shard that cannot be had ends an epoch early or hangs it: the downloading process leaves the shard's state
    "preparing", on which everybody else waits.  Here the state is put back and the error raised.
-2. A download whose checksum fails stays in the cache and is read without complaint by the next process.  Here a
-   file gets its name only after its checksum was right, and files of another length are removed at the start.
+2. A download whose checksum fails stays in the cache and is read without complaint by the next process, and what lies
+   in a folder already is never checked.  Here a file gets its name only after its checksum was right, and each shard
+   that is there already is checked once on each node, before its first sample is read; a bad one is fetched again.
 3. "Reused local directory": two readers of one cache, or one after a `kill -9` that left its shared memory behind,
    are refused.  Here streams are local to streaming (`remote=None`), and the download is ours.
 4. Two processes that start at once pick the same name for their shared memory; one dies, or worse, both share it.
    Here construction is done under a lock of the machine.
 5. Shared memory, also that of other datasets that the constructor only looks at, stays open until the process ends:
-   a few dozen datasets use up all file handles.  Here it goes with its dataset, and the looked-at at once.
+   a few dozen datasets use up all file handles; and lock files stay in the temporary folder for ever.  Here they go
+   with their dataset, and the looked-at at once.
 6. Left alone with `WORLD_SIZE` set, the constructor starts and ends a process group of its own.  Here that is an error.
 """
 
@@ -20,15 +22,16 @@ import os
 import tempfile
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.distributed import get_local_rank, get_world_size
-from streaming.base.hashing import get_hash
+from streaming.base.format import Reader
 from streaming.base.shared import memory as memory_module
 from streaming.base.shared.memory import SharedMemory
 from torch import distributed
@@ -36,6 +39,7 @@ from torch import distributed
 from molmo2core import storage
 from molmo2core.errors import DataError, PlatformError
 from molmo2core.shards import index
+from molmo2core.shards.mds import HASH, file_checksum
 
 
 class GuardedStream(Stream):  # type: ignore[misc]  # untyped
@@ -44,22 +48,21 @@ class GuardedStream(Stream):  # type: ignore[misc]  # untyped
     Args:
         local: folder that holds (or caches) the shards, without the split.
         split: name of the split.
+        listing: content of its index; a cached one that differs is replaced.
         source: address of the same folder in the object store; empty when it is read in place.
 
     Raises:
         DataError: no valid index; or, in place, a shard is missing or of another length than recorded.
     """
 
-    def __init__(self, *, local: Path, split: str, source: str = "") -> None:
+    def __init__(self, *, local: Path, split: str, listing: bytes, source: str = "") -> None:
         self.source = storage.join(source, split) if source else ""
         folder = local / split
-        if self.source and not (folder / index.FILE).is_file():
-            content = storage.read_bytes(storage.join(self.source, index.FILE))
-            index.parse_index(content, self.source)
-            storage.write_bytes(str(folder / index.FILE), content)
-        listed = index.parse_index(storage.read_bytes(str(folder / index.FILE)), str(folder / index.FILE))
-        self.files = {file.name: file for file in listed}
-        for file in listed:
+        self.files = {file.name: file for file in index.parse_index(listing, self.source or str(folder))}
+        cached = folder / index.FILE
+        if self.source and not (cached.is_file() and cached.read_bytes() == listing):
+            storage.write_bytes(str(cached), listing)
+        for file in self.files.values():
             path = folder / file.name
             found = path.stat().st_size if path.is_file() else None
             if found == file.num_bytes:
@@ -75,29 +78,49 @@ class GuardedStream(Stream):  # type: ignore[misc]  # untyped
                 )
         super().__init__(local=str(local), split=split)
 
+    def set_up_local(self, shards: list[Reader], cache_usage_per_shard: Any) -> None:
+        """As the parent; but no shard counts as present before it was checked."""
+        super().set_up_local(shards, cache_usage_per_shard)
+        cache_usage_per_shard[:] = 0
+
+    def prepare_shard(self, shard: Reader) -> int:
+        """See that a shard is here and whole; the bytes that were downloaded."""
+        ((facts, _),) = shard.file_pairs
+        file = self.files[facts.basename]
+        path = Path(self.local) / self.split / file.name
+        if path.is_file():
+            if file_checksum(path) == file.checksum:
+                return 0
+            if not self.source:
+                self._check(path, file, str(path))
+            path.unlink(missing_ok=True)
+        self._download_file(file.name)
+        return file.num_bytes
+
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
-        """Fetch one shard; it gets its name only when its length and checksum are as recorded."""
+        """Fetch one shard; it gets its name only when its checksum is as recorded."""
         path = Path(self.local) / self.split / (to_basename or from_basename)
         if not self.source:
             raise DataError(str(path), found="no such file", mend="build these shards again")
-        file = self.files[from_basename]
         attempt = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
         try:
-            storage.download(storage.join(self.source, from_basename), attempt)
-            content = attempt.read_bytes()
-            for algorithm, expected in file.hashes.items():
-                found = get_hash(algorithm, content)
-                if found != expected:
-                    raise DataError(
-                        storage.join(self.source, from_basename),
-                        found=f"{algorithm} {found}, {len(content)} bytes",
-                        expected=f"{expected}, {file.num_bytes} bytes",
-                        mend="the stored shard is damaged: remove its folder and build it again",
-                    )
+            source = storage.join(self.source, from_basename)
+            storage.download(source, attempt)
+            self._check(attempt, self.files[from_basename], source)
             os.replace(attempt, path)
         finally:
             attempt.unlink(missing_ok=True)
         return str(path)
+
+    def _check(self, path: Path, file: index.ShardFile, where: str) -> None:
+        found = file_checksum(path)
+        if found != file.checksum:
+            raise DataError(
+                where,
+                found=f"{HASH} {found}, {path.stat().st_size} bytes",
+                expected=f"{file.checksum}, {file.num_bytes} bytes",
+                mend="the shard is damaged: remove the folder of these shards and build them again",
+            )
 
 
 class GuardedStreamingDataset(StreamingDataset):  # type: ignore[misc]  # untyped
@@ -125,6 +148,34 @@ class GuardedStreamingDataset(StreamingDataset):  # type: ignore[misc]  # untype
         owned = [self._locals_shm, *(array.shm for array in (*arrays, self._shard_states, self._shard_access_times))]
         _release([memory for memory in opened if not any(memory is mine for mine in owned)], os.getpid())
         weakref.finalize(self, _release, owned, os.getpid())
+        if self._unique_rank_world.is_local_leader:
+            locks = Path(self._cache_filelock_path), Path(self._shared_barrier.filelock_path)
+            weakref.finalize(self, _remove_locks, locks, os.getpid())
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """One sample; its shard was checked on this node before.
+
+        Raises:
+            DataError: the shard is missing or damaged.
+        """
+        shard_id, _ = self.spanner[sample_id]
+        while self._shard_states[shard_id] != _ShardState.LOCAL:  # it is not when another process's try has failed
+            self.prepare_shard(shard_id)
+        try:
+            return super().get_item(sample_id, retry)
+        except (ValueError, IndexError) as error:
+            ((facts, _),) = self.shards[shard_id].file_pairs
+            stream = self.streams[self.stream_per_shard[shard_id]]
+            raise DataError(
+                storage.join(stream.local, stream.split, facts.basename),
+                found=f"sample {sample_id} cannot be read ({error})",
+                mend="the file was changed while it was read: start again",
+            ) from error
+
+    def unready_shards(self, sample_ids: Iterable[int]) -> list[int]:
+        """Shards of these samples that nobody on this node has checked yet, in order of first use."""
+        shards = dict.fromkeys(int(self.spanner[sample_id][0]) for sample_id in sample_ids)
+        return [shard for shard in shards if self._shard_states[shard] == _ShardState.REMOTE]
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Download a shard unless it is here; after a failure others may try again instead of waiting for ever."""
@@ -133,6 +184,9 @@ class GuardedStreamingDataset(StreamingDataset):  # type: ignore[misc]  # untype
         except BaseException:
             self._shard_states[shard_id] = _ShardState.REMOTE
             raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_cache_filelock"}  # made when needed
 
 
 @contextmanager
@@ -164,3 +218,10 @@ def _release(memories: Sequence[SharedMemory], owner: int) -> None:
     if os.getpid() == owner:
         for memory in memories:
             memory.cleanup()
+
+
+def _remove_locks(paths: Sequence[Path], owner: int) -> None:
+    """Without them the next dataset takes the number again; streaming passes over numbers that have a lock file."""
+    if os.getpid() == owner:
+        for path in paths:
+            path.unlink(missing_ok=True)

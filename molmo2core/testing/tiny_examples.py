@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ from PIL import Image
 from molmo2core import storage
 from molmo2core.annotations import Conversation, QuestionAnswer, Turn
 from molmo2core.examples import Example, Media, Split
+from molmo2core.manifest.schema import annotations_to_json
 from molmo2core.references import ShardsRef
-from molmo2core.shards.config import ShardsConfig
+from molmo2core.shards.parts import Part, SizedRow, build_shards, cut_parts
 from molmo2core.shards.reader import ExampleReader
-from molmo2core.shards.writer import write_shards
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 
 
@@ -62,14 +63,28 @@ def text_examples(dataset: str, count: int, *, split: Split = "train") -> list[E
     ]
 
 
+def example_parts(examples: Sequence[Example], shard_bytes: int) -> Iterator[Part]:
+    """Parts for `build_shards` of examples that are held in memory."""
+
+    def size(example: Example) -> int:
+        return sum(map(len, example.media.files)) + len(annotations_to_json(example.annotations))
+
+    sized = (SizedRow(uid=e.uid, split=e.split, num_bytes=size(e), row=e) for e in examples)
+    for split, held in cut_parts(sized, shard_bytes):
+        content = [(e.uid, file_digests(e), annotations_to_json(e.annotations).decode()) for e in held]
+        yield Part(split=split, key=storage.content_key(content), examples=tuple(held))
+
+
+def file_digests(example: Example) -> list[str]:
+    """sha256 of each media file."""
+    return [hashlib.sha256(file).hexdigest() for file in example.media.files]
+
+
 def write_tiny_shards(examples: Sequence[Example], workspace: str, *, shard_bytes: int = 20_000) -> ShardsRef:
     """Real, committed shards of one dataset's examples below `workspace` (local or `s3://`)."""
     dataset = examples[0].dataset
     uri = storage.join(workspace, "shards", dataset, storage.content_key(len(examples), shard_bytes))
-    config = ShardsConfig(shard_bytes=shard_bytes)
-    folder = storage.commit_folder(
-        uri, lambda path: {"num_samples": write_shards(examples, path, config=config, tokenizer=tiny_tokenizer())}
-    )
+    folder = build_shards(uri, example_parts(examples, shard_bytes), tokenizer=tiny_tokenizer(), meta={})
     return ShardsRef(
         uri=uri,
         digest=folder.digest,

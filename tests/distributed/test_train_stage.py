@@ -27,13 +27,12 @@ from molmo2core.packing.config import PackingConfig
 from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.recipe.load import to_json
 from molmo2core.recipe.sections import PlanSection, TrainSection
-from molmo2core.references import CheckpointRef, PackPlanRef, ShardsRef, read_reference, write_reference
-from molmo2core.shards.config import ShardsConfig
+from molmo2core.references import CheckpointRef, PackPlanRef, read_reference, write_reference
 from molmo2core.shards.mixture import MixtureGroup
-from molmo2core.shards.writer import write_shards
 from molmo2core.sources.shapes_tokenizer import save_tokenizer
 from molmo2core.special_tokens import tokenizer_digest
 from molmo2core.stages import plan, train
+from molmo2core.testing.tiny_examples import write_tiny_shards
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 from molmo2core.testing.training import training_config
 from molmo2core.tracking.config import TrackingConfig
@@ -74,19 +73,9 @@ def new_workspace(workspace: Path) -> None:
     """Tokenizer, shards and a plan for STEPS steps of two packs."""
     tokenizer = tiny_tokenizer()
     save_tokenizer(tokenizer.backend, workspace / "tokenizer")
-    config = ShardsConfig(shard_bytes=1 << 20)
-
-    def fill(folder: Path) -> dict[str, Any]:
-        write_shards(examples(), folder, config=config, tokenizer=tokenizer, progress=lambda _: None)
-        return {}
-
-    folder = storage.commit_folder(str(workspace / "shards" / "mixed"), fill)
-    shards = ShardsRef(
-        uri=folder.uri,
-        digest=folder.digest,
-        dataset="mixed",
+    shards = replace(
+        write_tiny_shards(examples(), str(workspace), shard_bytes=1 << 20),
         tokenizer_digest=tokenizer_digest(workspace / "tokenizer"),
-        num_samples={"train": 8},
     )
     write_reference(shards, workspace / "shards.json")
     section = PlanSection(

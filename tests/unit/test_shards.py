@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import pickle
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,17 +22,22 @@ from molmo2core.annotations import (
     Tracking,
     TrackPosition,
 )
-from molmo2core.errors import DataError, PlatformError
+from molmo2core.errors import DataError
 from molmo2core.examples import Example, Media, Subtitle
 from molmo2core.preprocessing.branch_lengths import annotation_tokens_bounds
 from molmo2core.preprocessing.lengths import subtitle_tokens
 from molmo2core.preprocessing.seen_tracks import possibly_seen
 from molmo2core.shards import encoding
-from molmo2core.shards.config import ShardsConfig
-from molmo2core.shards.encoding import example_from_sample, frame_files, sample_from_example, unframe_files
+from molmo2core.shards.encoding import (
+    example_from_sample,
+    frame_files,
+    lengths_from_sample,
+    sample_from_example,
+    unframe_files,
+)
 from molmo2core.shards.lengths import read_table
 from molmo2core.shards.reader import ExampleReader
-from molmo2core.shards.writer import write_shards
+from molmo2core.shards.writer import sample_lengths
 from molmo2core.testing.tiny_examples import image_examples, text_examples, write_tiny_shards
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 
@@ -68,15 +72,21 @@ IMAGES = Example(
 )
 
 
+def sample_of(example: Example) -> dict[str, Any]:
+    return sample_from_example(example, sample_lengths(example, tiny_tokenizer()))
+
+
 @pytest.mark.parametrize("example", [VIDEO, IMAGES, text_examples("t", 1)[0]])
 def test_sample_keeps_every_byte_and_field(example: Example) -> None:
     """Catches re-encoding, lost subtitles, rounded times and lost files of a set."""
-    assert example_from_sample(sample_from_example(example)) == example
+    sample = sample_of(example)
+    assert example_from_sample(sample) == example
+    assert lengths_from_sample(sample) == sample_lengths(example, tiny_tokenizer())
 
 
 def test_damaged_sample_is_an_error_that_names_it() -> None:
     """Catches a media column that was cut short and is read as a shorter file."""
-    sample = sample_from_example(VIDEO)
+    sample = sample_of(VIDEO)
     for damaged in ({"media": sample["media"][:-1]}, {"media": b"\x01"}, {"meta": b"{"}, {"annotations": b"[{}]"}):
         with pytest.raises(DataError, match=r"videos/v1|annotations"):
             example_from_sample(sample | damaged)
@@ -92,7 +102,7 @@ def test_oversized_example_is_refused_before_it_is_written(monkeypatch: pytest.M
     """Catches 32-bit offsets that wrap round silently."""
     monkeypatch.setattr(encoding, "MAX_SAMPLE_BYTES", 100)
     with pytest.raises(DataError, match="videos, example v1: 300 bytes of media; expected at most 100"):
-        sample_from_example(VIDEO)
+        sample_of(VIDEO)
 
 
 def test_written_splits_are_read_back_in_order(tmp_path: Path) -> None:
@@ -139,40 +149,6 @@ def test_same_examples_give_the_same_bytes(tmp_path: Path) -> None:
     """Catches timestamps in the side table: the digest must depend on content alone."""
     first, second = (write_tiny_shards(image_examples("a", 8), str(tmp_path / name)) for name in ("x", "y"))
     assert first.digest == second.digest
-
-
-def test_no_shards_after_an_error(tmp_path: Path) -> None:
-    """Catches MDSWriter's habit of publishing a valid-looking index when the loop inside it fails."""
-
-    def failing() -> Iterator[Example]:
-        yield from image_examples("a", 30)
-        raise DataError("row 9", found="a broken medium")
-
-    folder = tmp_path / "attempt"
-    with pytest.raises(DataError, match="row 9"):
-        write_shards(failing(), folder, config=ShardsConfig(shard_bytes=10_000), tokenizer=tiny_tokenizer())
-    assert list(folder.rglob("*.mds")), "the fault came after the first shard"
-    assert not list(folder.rglob("index.json"))
-
-
-def test_doubled_uid_is_refused(tmp_path: Path) -> None:
-    """Catches two examples that would share their randomness and evaluation rows."""
-    examples = image_examples("a", 2)
-    with pytest.raises(DataError, match="uid a-train-0 twice"):
-        write_shards([*examples, examples[0]], tmp_path, config=ShardsConfig(), tokenizer=tiny_tokenizer())
-
-
-def test_full_disk_leaves_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a stack trace, or half-written shards, when the disk is full while shards are written."""
-    from streaming import MDSWriter
-
-    def full(self: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(MDSWriter, "flush_shard", full)
-    with pytest.raises(PlatformError, match="No space left on device"):
-        write_tiny_shards(image_examples("a", 30), str(tmp_path))
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_shards_that_were_replaced_are_refused(tmp_path: Path) -> None:

@@ -44,6 +44,12 @@ def s3_ref(s3_bucket: str) -> ShardsRef:
     return write_tiny_shards(image_examples("a", 30), f"{s3_bucket}/ws")
 
 
+def guarded(uri: str, cache: str = "") -> GuardedStream:
+    """The training split at `uri`, through a cache or in place."""
+    listing = storage.read_bytes(storage.join(uri, "train", "index.json"))
+    return GuardedStream(local=Path(cache or uri), split="train", listing=listing, source=uri if cache else "")
+
+
 def damage(uri: str, name: str, content: bytes | None) -> None:
     """Overwrite or delete a stored object."""
     bucket, _, key = storage.join(uri, name).removeprefix("s3://").partition("/")
@@ -143,13 +149,13 @@ def test_index_cannot_lead_out_of_the_cache(ref: ShardsRef, tmp_path: Path) -> N
     assert plain[0]["uid"]
     assert (cache / "escaped.mds").is_file(), "streaming no longer escapes: the guard can go"
     with pytest.raises(DataError, match=r"file name '\.\./\.\./escaped\.mds'"):
-        GuardedStream(local=source, split="train")
+        GuardedStream(local=source, split="train", listing=index_file.read_bytes())
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"hashes": {}}, "no checksum of shard.00000.mds"),
+        ({"hashes": {}}, "no xxh64 checksum of shard.00000.mds"),
         ({"basename": "a\\b"}, "file name"),
         ({"basename": "/etc/passwd"}, "file name"),
         ({"basename": "shard.00001.mds"}, "listed twice"),
@@ -177,7 +183,7 @@ def _hold(uri: str, local: str, plain: bool, ready: multiprocessing.connection.C
     if plain:
         kept: object = StreamingDataset(streams=[Stream(remote=uri, local=local, split="train")], batch_size=1)
     else:
-        kept = GuardedStreamingDataset([GuardedStream(local=Path(local), split="train", source=uri)])
+        kept = GuardedStreamingDataset([guarded(uri, local)])
     ready.send(True)
     signal.pause()
     del kept
@@ -199,7 +205,7 @@ def test_cache_can_be_used_again_after_kill_9(s3_ref: ShardsRef, tmp_path: Path,
         with pytest.raises(ValueError, match="Reused local directory"):
             StreamingDataset(streams=[Stream(remote=remote, local=local, split="train")], batch_size=1)
     else:
-        again = GuardedStreamingDataset([GuardedStream(local=Path(local), split="train", source=remote)])
+        again = GuardedStreamingDataset([guarded(remote, local)])
         assert again[0]["uid"] == "a-train-0"
 
 
@@ -213,7 +219,7 @@ def _build_many(
             if plain:
                 StreamingDataset(local=uri, split="train", batch_size=1)
             else:
-                GuardedStreamingDataset([GuardedStream(local=Path(uri), split="train")])
+                GuardedStreamingDataset([guarded(uri)])
         except OSError:
             failures += 1
     results.send(failures)
