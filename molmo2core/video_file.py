@@ -40,8 +40,12 @@ MAX_PACKETS: Final = 1_000_000
 """Packets, that is frames, of a video at most: nine hours at 30 frames per second."""
 MAX_DURATION_SECONDS: Final = 86_400.0
 """Length of a video at most: one day."""
-MAX_DECODED_PIXELS: Final = 100_000_000_000
-"""Pixels that may have to be decoded for the frames of one example: an hour of 720p at 30 frames per second."""
+MAX_DECODED_PIXELS: Final = 200_000_000_000
+"""Pixels that may have to be decoded for the frames of one example: two hours of 720p at 30 frames per second.
+
+A core decodes H.264 at about half a billion pixels a second or more: a loader's worker is never silent for longer than
+its timeout.
+"""
 
 _NOT_THE_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 _JUMPING_CODECS = frozenset(
