@@ -50,6 +50,8 @@ class PackLoader(DataLoader[Any]):
         timeout_seconds: how long a worker may take for one pack.
     """
 
+    dataset: PackDataset
+
     def __init__(
         self, dataset: PackDataset, *, num_workers: int, timeout_seconds: float = WORKER_TIMEOUT_SECONDS
     ) -> None:
@@ -73,7 +75,7 @@ class PackLoader(DataLoader[Any]):
         try:
             while True:
                 started = time.monotonic()
-                with worker_errors():
+                with worker_errors(ConnectionError, EOFError, FileNotFoundError):
                     batch = join_batches([_checked(next(packs)) for _ in range(self.packs_per_batch)])
                 batch["data_wait_seconds"] = time.monotonic() - started
                 yield batch
@@ -135,19 +137,28 @@ def build_dataloader(
 
 
 @contextmanager
-def worker_errors() -> Iterator[None]:
+def worker_errors(*of_connections: type[Exception]) -> Iterator[None]:
     """What torch raises when a worker is dead or silent, as a PlatformError.
 
     It comes out of whatever the main thread does when a worker dies, not only out of the loader.
+
+    Args:
+        of_connections: errors that also mean it, unless a worker raised them itself: a tensor's memory is fetched from
+            the worker, which may be gone before torch knows.
     """
+    caught: tuple[type[Exception], ...] = (RuntimeError, *of_connections)
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):  # "DataLoader worker ... killed", "DataLoader timed out"
+    except caught as error:
+        # "DataLoader worker (pid 7) is killed", "DataLoader timed out"; "Caught EOFError in DataLoader worker process"
+        said = str(error)
+        if "in DataLoader worker process" in said or (
+            isinstance(error, RuntimeError) and not said.startswith("DataLoader")
+        ):
             raise
         raise PlatformError(
             "data loader",
-            found=str(error),
+            found=said or type(error).__name__,
             expected="living workers that give packs",
             mend="check memory, /dev/shm and the storage of the shards, then run it again",
         ) from error

@@ -141,6 +141,11 @@ def _log_lineage(run: TrackedRun, section: RegisterSection, evaluated: Evaluatio
         {"recipe_fingerprint": section.recipe_fingerprint}
         | {f"{ref.stage}.step": ref.step for ref in checkpoints}
         | {f"{ref.stage}.checkpoint": ref.digest for ref in checkpoints}
+        | {
+            f"{ref.stage}.data_changed_at_step": ref.facts["data_changed_at_step"]
+            for ref in checkpoints
+            if "data_changed_at_step" in ref.facts
+        }
         | _recipe_params(section.recipe_yaml)
     )
     for use in datasets_of(evaluated):

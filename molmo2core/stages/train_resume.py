@@ -16,7 +16,7 @@ from molmo2core.recipe.sections import TrainSection
 from molmo2core.stages.train_rank import METRICS
 
 _SUFFIX = ".resume"
-_CHECKPOINTS = "*ba*"
+_CHECKPOINTS = "*ba[0-9]*"
 
 
 def resume_folder(uri: str) -> Path:

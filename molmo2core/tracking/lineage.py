@@ -90,7 +90,10 @@ def _title(ref: Reference) -> str:
         case PackPlanRef():
             return f"pack plan of {ref.stage}, {ref.num_packs} packs"
         case CheckpointRef():
-            return f"checkpoint of {ref.stage}, step {ref.step}"
+            changed = ref.facts.get("data_changed_at_step")
+            return f"checkpoint of {ref.stage}, step {ref.step}" + (
+                f", data changed at step {changed:.0f}" if changed is not None else ""
+            )
         case ExportRef():
             return "export"
         case EvaluationRef():

@@ -1,0 +1,83 @@
+"""Training on the tiny data, on ranks that note what they were given (importable, since ranks are spawned)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from composer import Callback, Trainer
+from torch import distributed
+
+from molmo2core.testing.loading import PACKING, open_loading_data, pack_hashes, tiny_loader
+from molmo2core.testing.tiny_model import tiny_model
+from molmo2core.training import trainer
+from molmo2core.training.config import TrainingConfig
+
+
+class HashBatches(Callback):  # type: ignore[misc]
+    """Appends what each step was given to a file per rank; may kill this process while a step runs."""
+
+    def __init__(self, folder: Path, kill_in_step: int) -> None:
+        self.folder, self.kill_in_step = folder, kill_in_step
+
+    def after_dataloader(self, state: Any, logger: Any) -> None:
+        rank, step = distributed.get_rank() if distributed.is_initialized() else 0, int(state.timestamp.batch.value) + 1
+        with (self.folder / f"hashes-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps([step, pack_hashes(state.batch)]) + "\n")
+
+    def after_backward(self, state: Any, logger: Any) -> None:
+        if int(state.timestamp.batch.value) + 1 == self.kill_in_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_hashed(
+    data_folder: Path, folder: Path, config: TrainingConfig, resume_from: Path | None, kill_in_step: int = 0
+) -> None:
+    """Train a tiny model on the tiny data, on this rank."""
+    device, group, _ = trainer.start_ranks(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    loader = tiny_loader(
+        open_loading_data(data_folder),
+        data_parallel_rank=group,
+        data_parallel_size=config.data_parallel,
+        num_workers=config.loader_workers,
+    )
+    with _callback_added(HashBatches(folder, kill_in_step)):
+        trainer.train(
+            tiny_model(),
+            loader,
+            config,
+            device=device,
+            folder=folder,
+            metrics=folder / "metrics.jsonl",
+            name="test",
+            seed=0,
+            packing=PACKING,
+            resume_from=resume_from,
+        )
+
+
+def hashes_in(folder: Path, ranks: Sequence[int]) -> dict[int, list[str]]:
+    """Step -> hashes of all slots, as `HashBatches` wrote them."""
+    found: dict[int, list[str]] = {}
+    for rank in ranks:
+        for line in (folder / f"hashes-{rank}.jsonl").read_text().splitlines():
+            step, hashes = json.loads(line)
+            found.setdefault(step, []).extend(hashes)
+    return found
+
+
+@contextmanager
+def _callback_added(callback: Callback) -> Iterator[None]:
+    def with_callback(**arguments: Any) -> Trainer:
+        arguments["callbacks"] = [*arguments["callbacks"], callback]
+        return Trainer(**arguments)
+
+    with mock.patch.object(trainer, "Trainer", with_callback):
+        yield
