@@ -23,7 +23,8 @@ import xxhash
 
 from molmo2core.errors import DataError
 
-Value = str | bytes | int | float | list[Any]
+Value = str | bytes | tuple[bytes, ...] | int | float | list[Any]
+"""Of a column; several `bytes` are one value in pieces, so that media need not be copied."""
 HASH = "xxh64"
 MAX_FILE_BYTES = 1 << 32
 """Offsets within a shard are 32 bit."""
@@ -83,25 +84,30 @@ def file_checksum(path: Path) -> str:
 
 
 def _encode_sample(columns: Mapping[str, str], sample: Mapping[str, Value]) -> list[bytes]:
-    """The bytes of a sample, in pieces, so that media are not copied."""
-    values = [_encode(columns[name], sample[name]) for name in sorted(columns)]
-    sizes = [
-        len(value) for name, value in zip(sorted(columns), values, strict=True) if columns[name] not in _FIXED_SIZES
-    ]
-    return [np.array(sizes, "<u4").tobytes(), *values]
+    """The bytes of a sample, in pieces."""
+    sizes: list[int] = []
+    pieces: list[bytes] = []
+    for name in sorted(columns):
+        value = _encode(columns[name], sample[name])
+        if columns[name] not in _FIXED_SIZES:
+            sizes.append(sum(map(len, value)))
+        pieces += value
+    return [np.array(sizes, "<u4").tobytes(), *pieces]
 
 
-def _encode(encoding: str, value: Value) -> bytes:
+def _encode(encoding: str, value: Value) -> tuple[bytes, ...]:
     match encoding, value:
         case "bytes", bytes():
+            return (value,)
+        case "bytes", tuple():
             return value
         case "str", str():
-            return value.encode()
+            return (value.encode(),)
         case "json", list():
-            return json.dumps(value).encode()
+            return (json.dumps(value).encode(),)
         case "int", int():
-            return np.array(value, "<i8").tobytes()
+            return (np.array(value, "<i8").tobytes(),)
         case "float64", float():
-            return np.array(value, "<f8").tobytes()
+            return (np.array(value, "<f8").tobytes(),)
         case _:
             raise TypeError(f"a {type(value).__name__} in a column of {encoding}")
