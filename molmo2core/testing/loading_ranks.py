@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,8 +15,13 @@ from unittest import mock
 from composer import Callback, Trainer
 from torch import distributed
 
-from molmo2core.testing.loading import PACKING, open_loading_data, pack_hashes, tiny_loader
+from molmo2core.errors import DataError, Molmo2Error
+from molmo2core.examples import Example, TokenizedExample
+from molmo2core.loading import deviations
+from molmo2core.preprocessing.preprocessor import Preprocessor
+from molmo2core.testing.loading import PACKING, PREPROCESSOR, open_loading_data, pack_hashes, tiny_loader
 from molmo2core.testing.tiny_model import tiny_model
+from molmo2core.testing.training_ranks import signal_after
 from molmo2core.training import trainer
 from molmo2core.training.config import TrainingConfig
 
@@ -81,3 +87,63 @@ def _callback_added(callback: Callback) -> Iterator[None]:
 
     with mock.patch.object(trainer, "Trainer", with_callback):
         yield
+
+
+class BreakingPreprocessor(Preprocessor):
+    """Media of some uids do not decode."""
+
+    broken: frozenset[str] = frozenset()
+
+    def tokenize(self, example: Example, *, epoch: int, branches: tuple[int, int] | None = None) -> TokenizedExample:
+        if example.uid in self.broken:
+            raise DataError(example.uid, found="truncated JPEG")
+        return super().tokenize(example, epoch=epoch, branches=branches)
+
+
+def breaking_preprocessor(broken: Collection[str]) -> Preprocessor:
+    """PREPROCESSOR, but for the media of `broken`."""
+    kind = type("Breaking", (BreakingPreprocessor,), {"broken": frozenset(broken)})
+    made: Preprocessor = kind(**{field.name: getattr(PREPROCESSOR, field.name) for field in fields(PREPROCESSOR)})
+    return made
+
+
+def train_with_broken_media(
+    data_folder: Path, folder: Path, broken: Sequence[str], config: TrainingConfig
+) -> dict[str, str]:
+    """On two ranks: undisturbed; stopped after step 1 and gone on; and both with one broken medium borne at most."""
+    data = open_loading_data(data_folder)
+
+    def train(name: str) -> str:
+        device, group, _ = trainer.start_ranks(config)
+        out = folder / name
+        loader = tiny_loader(
+            data,
+            data_parallel_rank=group,
+            data_parallel_size=config.data_parallel,
+            preprocessor=breaking_preprocessor(broken),
+        )
+        try:
+            trainer.train(
+                tiny_model(),
+                loader,
+                config,
+                device=device,
+                folder=out,
+                metrics=out / "metrics.jsonl",
+                name="test",
+                seed=0,
+                packing=PACKING,
+            )
+        except Molmo2Error as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    found = {"undisturbed": train("undisturbed")}
+    with signal_after(1):
+        found["stopped"] = train("stopped")
+        found["stopped for strict"] = train("strict stopped")
+    found["gone on"] = train("stopped")
+    with mock.patch.object(deviations, "MIN_BROKEN", 1), mock.patch.object(deviations, "MAX_BROKEN_FRACTION", 0.0):
+        found["strict"] = train("strict")
+        found["strict gone on"] = train("strict stopped")
+    return found

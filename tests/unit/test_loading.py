@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from molmo2core.errors import DataError, PlatformError
-from molmo2core.examples import PADDING, Batch, Deviation, Example, TokenizedExample
+from molmo2core.examples import PADDING, Batch, Deviation, Example
 from molmo2core.loading import dataloader as dataloader_module
 from molmo2core.loading.collator import join_batches
 from molmo2core.loading.dataloader import PackLoader, pack_bytes, prefetch_factor, worker_errors
@@ -29,7 +29,6 @@ from molmo2core.packing.config import PackingConfig
 from molmo2core.preprocessing.branch_lengths import annotation_tokens_bounds
 from molmo2core.preprocessing.config import STYLES, VisualGeometry
 from molmo2core.preprocessing.lengths import root_bound
-from molmo2core.preprocessing.preprocessor import Preprocessor
 from molmo2core.testing.loading import (
     GEOMETRY,
     GLOBAL_BATCH,
@@ -43,6 +42,7 @@ from molmo2core.testing.loading import (
     tiny_loader,
     write_loading_data,
 )
+from molmo2core.testing.loading_ranks import breaking_preprocessor
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 
 
@@ -279,23 +279,7 @@ def test_impossible_topology_and_foreign_plan_are_refused(data: Data) -> None:
         tiny_loader(data, plan=dataclasses.replace(data.plan, entries=entries))
 
 
-class Breaking(Preprocessor):
-    """Some media do not decode."""
-
-    broken = frozenset({"images-train-3", "images-train-8"})
-
-    def tokenize(self, example: Example, *, epoch: int, branches: tuple[int, int] | None = None) -> TokenizedExample:
-        """As the parent, for whole media."""
-        if example.uid in self.broken:
-            raise DataError(example.uid, found="truncated JPEG")
-        return super().tokenize(example, epoch=epoch, branches=branches)
-
-
-def breaking(broken: set[str]) -> Preprocessor:
-    kind = type("Breaking", (Breaking,), {"broken": frozenset(broken)})
-    fields = {field.name: getattr(PREPROCESSOR, field.name) for field in dataclasses.fields(PREPROCESSOR)}
-    made: Preprocessor = kind(**fields)
-    return made
+BROKEN = frozenset({"images-train-3", "images-train-8"})
 
 
 def test_broken_media_are_replaced_in_their_pack(
@@ -303,7 +287,7 @@ def test_broken_media_are_replaced_in_their_pack(
 ) -> None:
     """Catches a broken file that stops training, changes other packs, depends on the number of workers, or is not
     told with reason and substitute."""
-    preprocessor = breaking({"images-train-3", "images-train-8"})
+    preprocessor = breaking_preprocessor(BROKEN)
     made = [
         [
             joined([batch])
@@ -316,16 +300,16 @@ def test_broken_media_are_replaced_in_their_pack(
     packs = [(names, pack) for batch in made[0] for names, pack in zip(batch["uids"], batch["packs"], strict=True)]
     expected = []
     for index, (names, (uids, pack)) in enumerate(zip(planned, packs, strict=True)):
-        good = tuple(name for name in names if name not in Breaking.broken)
+        good = tuple(name for name in names if name not in BROKEN)
         stand_ins = [f"{uid.partition('-')[0]}/{uid}" for uid in uids[len(good) :]]
-        broken = [name for name in names if name in Breaking.broken]
+        broken = [name for name in names if name in BROKEN]
         expected += [
             Deviation(kind="replaced", pack=index, dataset="images", uid=uid, why=f"{uid}: truncated JPEG", by=by)
             for uid, by in itertools.zip_longest(broken, stand_ins, fillvalue="")
         ]
         assert uids[: len(good)] == good
         assert len(uids) <= len(names)
-        assert not Breaking.broken & set(uids)
+        assert not BROKEN & set(uids)
         assert len(pack["input_ids"]) <= PACKING.sequence_tokens
         assert len(pack["crops"]) <= PACKING.crop_budget
     assert len(expected) >= 2
@@ -340,7 +324,9 @@ def test_broken_media_are_replaced_in_their_pack(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_pack_without_any_medium_is_an_error(data: Data, workers: int) -> None:
     """Catches an endless search, or an empty pack, when nothing decodes."""
-    packs = tiny_loader(data, preprocessor=breaking({example.uid for example in data.examples}), num_workers=workers)
+    packs = tiny_loader(
+        data, preprocessor=breaking_preprocessor({example.uid for example in data.examples}), num_workers=workers
+    )
     with pytest.raises(DataError, match="pack 0: every medium is broken, and no substitute fits"):
         batches(packs, 1)
 
