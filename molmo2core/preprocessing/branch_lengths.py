@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from molmo2core.annotations import Annotation, QuestionAnswer, Tracking
@@ -40,6 +41,7 @@ Counter = Callable[[str], int]
 """Number of tokens of a text."""
 
 _USER = "user\n"
+_DIGIT = re.compile("[0-9]")
 _MARKERS = COMMON_MARKERS + ODD_MARKERS
 _CACHED_CHARACTERS = 64
 
@@ -114,8 +116,9 @@ def _longest_selections(annotation: Annotation, style: Style, num_images: int) -
         yield wording.Selection(images=tuple(range(1, num_images + 1)))
     if isinstance(annotation, Tracking) and annotation.form == "single_point":
         shown = range(num_queries(annotation))
-        longest = max(shown, key=lambda query: len(wording.query_text(annotation, query)), default=0)
-        yield wording.Selection(query=longest)
+        # Of texts that differ in the values of digits only, one is enough; a longer text may have fewer tokens.
+        forms = {_DIGIT.sub("0", wording.query_text(annotation, query)): query for query in shown}
+        yield from (wording.Selection(query=query) for query in forms.values())
 
 
 def _filled_tokens(family: Family, fields: Fields, before: str, tokenizer: TextTokenizer) -> int:

@@ -13,5 +13,6 @@ def generator(*key: int | str) -> np.random.Generator:
     Args:
         key: seed, dataset, uid, epoch and purpose of the draw.
     """
-    digest = hashlib.sha256(repr(key).encode()).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in key)  # numpy's integers print differently
+    digest = hashlib.sha256(repr(plain).encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))

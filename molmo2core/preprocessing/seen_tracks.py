@@ -11,9 +11,10 @@ import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
 
-from molmo2core.annotations import Annotation, Track, Tracking, on_sampling_grid
+from molmo2core.annotations import Annotation, Tracking
 from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.preprocessing.frame_times import as_fraction, tracking_grid, tracking_rate
+from molmo2core.preprocessing.tracking import answered_tracks
 
 _MAX_HALVINGS = 4
 
@@ -58,11 +59,10 @@ def _halved(tracking: Tracking, halvings: int) -> Tracking:
 
 
 def _keeps_objects(tracking: Tracking, sampling_fps: float) -> bool:
-    """Whether every track that has an answer at the annotated rate has one at `sampling_fps`."""
-    return all(
-        _is_answered(track, sampling_fps) for track in tracking.tracks if _is_answered(track, tracking.sampling_fps)
-    )
+    """Whether every object in the answer at the annotated rate is in the one at `sampling_fps`."""
+    slower = dataclasses.replace(tracking, sampling_fps=sampling_fps)
+    return _answered_objects(tracking) <= _answered_objects(slower)
 
 
-def _is_answered(track: Track, sampling_fps: float) -> bool:
-    return any(position.visible and on_sampling_grid(position.time, sampling_fps) for position in track.positions)
+def _answered_objects(tracking: Tracking) -> set[int]:
+    return {track.object_id for track in answered_tracks(tracking)}

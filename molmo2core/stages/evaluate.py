@@ -24,7 +24,7 @@ from molmo2core.recipe.sections import EvaluateSection
 from molmo2core.references import CheckpointRef, EvaluationRef, ExportRef, ShardsRef, read_reference, write_reference
 from molmo2core.stages.report import StageReport
 
-FORMAT = "evaluation-2"
+FORMAT = "evaluation-3"
 REPORT = "report.json"
 PAGE = "report.html"
 PREDICTIONS = "predictions.jsonl"

@@ -19,7 +19,7 @@ from molmo2core.shards.parts import build_shards
 from molmo2core.special_tokens import TextTokenizer, load_tokenizer, tokenizer_digest
 from molmo2core.stages.report import StageReport
 
-FORMAT = 4
+FORMAT = 5
 """Version of what this stage writes: part of the key."""
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jinja2.exceptions import TemplateError
 from PIL import Image
+from transformers.image_utils import load_image
 from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
 from transformers.video_utils import VideoMetadata
 
@@ -27,6 +28,7 @@ from molmo2core.preprocessing.chat import inference_dialogue
 from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
 from molmo2core.preprocessing.preprocessor import Preprocessor
 from molmo2core.sources.shapes_tokenizer import save_tokenizer
+from molmo2core.testing.pictures import encoded, encoded_pictures, noise
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 from molmo2core.video_decoding import decode_frames
 
@@ -47,9 +49,11 @@ def oracle(tmp_path: Path, geometry: VisualGeometry) -> Molmo2Processor:
     return Molmo2Processor.from_pretrained(tmp_path)
 
 
-def prompt_of(geometry: VisualGeometry, media: Media, annotation: Annotation) -> TokenizedExample:
+def prompt_of(
+    geometry: VisualGeometry, media: Media, annotation: Annotation, config: PreprocessingConfig = CONFIG
+) -> TokenizedExample:
     preprocessor = Preprocessor(
-        geometry=geometry, config=CONFIG, tokenizer=tiny_tokenizer(), weighting="described", seed=0
+        geometry=geometry, config=config, tokenizer=tiny_tokenizer(), weighting="described", seed=0
     )
     example = Example(uid="u", dataset="d", split="test", media=media, annotations=(annotation,))
     return preprocessor.tokenize_prompt(example, 0)
@@ -90,6 +94,36 @@ def test_images(geometry: VisualGeometry, oracle: Molmo2Processor, sizes: list[t
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
     text = oracle.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     assert_same(ours, oracle(images=images, text=text, return_tensors="np"), "image")
+
+
+SIZES = [
+    (1, 1), (1, 700), (3, 5), (61, 97), (112, 112), (113, 2000), (377, 379), (354, 536), (480, 640), (1500, 200),
+    (1080, 1920), (3001, 1999), (80, 6000), (6000, 80),
+]  # fmt: skip
+"""(height, width)"""
+PICTURES = ["PNG, grey", "PNG, RGBA", "PNG, palette", "JPEG, CMYK", "16 bit PNG"]
+
+
+@pytest.mark.parametrize("max_crops", [8, 24])
+def test_one_image_of_any_size_and_kind(tmp_path: Path, max_crops: int) -> None:
+    """Ids, crops and pooling of whole prompts at the released geometry; thin images as the oracle tiles them."""
+    geometry, folder = GEOMETRIES["released"], tmp_path / "tokenizer"
+    config = PreprocessingConfig(max_crops=max_crops, thin_images="as_released_processors")
+    save_tokenizer(tiny_tokenizer().backend, folder)
+    write_processor_files(tmp_path, folder, geometry, config)
+    oracle = Molmo2Processor.from_pretrained(tmp_path)
+    files = {str(size): encoded(Image.fromarray(noise(*size)), "PNG") for size in SIZES}
+    files |= {name: encoded_pictures()[name] for name in PICTURES}
+    lengths = set()
+    for data in files.values():
+        image = load_image(Image.open(io.BytesIO(data)))
+        media = Media(kind="image", files=(data,), sizes=(image.size,))
+        ours = prompt_of(geometry, media, Caption(task="image_caption", text="x"), config)
+        content = [{"type": "image"}, {"type": "text", "text": "Describe this image."}]
+        text = oracle.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        assert_same(ours, oracle(images=[image], text=text, return_tensors="np"), "image")
+        lengths.add(len(ours.input_ids))
+    assert len(lengths) >= 6, "the sizes exercise several tilings"
 
 
 def test_a_video_with_subtitles(geometry: VisualGeometry, oracle: Molmo2Processor) -> None:

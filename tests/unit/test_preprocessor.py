@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
+import os
 import pickle
+import random
+import subprocess
+import sys
 from fractions import Fraction
 
 import av
@@ -15,9 +20,10 @@ from PIL import Image
 from molmo2core.annotations import Annotation, Caption, Conversation, Point, Pointing, QuestionAnswer, Turn
 from molmo2core.errors import DataError
 from molmo2core.examples import ROOT, Example, Media, Subtitle, TokenizedExample
-from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
+from molmo2core.preprocessing.config import HighRes, PreprocessingConfig, VisualGeometry
 from molmo2core.preprocessing.lengths import root_bound, subtitle_tokens
 from molmo2core.preprocessing.preprocessor import Preprocessor
+from molmo2core.preprocessing.randomness import generator
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -188,6 +194,32 @@ def test_same_draw_same_bytes() -> None:
     PREPROCESSOR.tokenize(images_example(), epoch=5)
     again = pickle.loads(pickle.dumps(PREPROCESSOR)).tokenize(image_example(), epoch=1)
     assert all((a == b).all() for a, b in zip(arrays(first), arrays(again), strict=True))
+
+
+def fingerprints() -> list[str]:
+    """Of what training sees of each kind of example, with every draw of stages 2 and 3."""
+    high_res = HighRes(datasets=("d",), probability=0.5, max_crops=9)
+    config = dataclasses.replace(PREPROCESSOR.config, style="demo_or_style_v2", high_res=high_res)
+    preprocessor = dataclasses.replace(PREPROCESSOR, config=config)
+    made = [image_example(), images_example(), video_example(), text_example()]
+    tokenized = [preprocessor.tokenize(one, epoch=epoch) for one in made for epoch in range(3)]
+    return [hashlib.sha256(b"".join(array.tobytes() for array in arrays(one))).hexdigest() for one in tokenized]
+
+
+def test_same_bytes_in_another_process() -> None:
+    """Catches draws from global generators, from hashes of strings, and from the order of sets."""
+    code = f"import runpy; print(*runpy.run_path({__file__!r})['fingerprints']())"
+    environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    random.seed(1)
+    np.random.seed(1)
+    assert told.stdout.split() == fingerprints()
+
+
+def test_numbers_of_numpy_are_the_same_key() -> None:
+    """Plans are arrays: an epoch read from one must not be another epoch (`np.int64(3)` is not printed as `3`)."""
+    assert generator(1, "d", "u", np.int64(3)).random() == generator(1, "d", "u", 3).random()
+    assert generator(1, "d", "u", 3).random() != generator(1, "d", "u", "3").random()
 
 
 def test_draws_depend_on_seed_dataset_uid_and_epoch() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,6 +49,10 @@ def test_no_object_is_lost() -> None:
     assert rates(config, 16.0, tracked(2.0, 0.5, 1.0)) == [1.0]
     assert rates(config, 16.0, tracked(2.0, 0.5, 1.5)) == [2.0]
     assert rates(config, 16.0, tracked(2.0, 0.25)) == [1.0], "never in an answer, so not lost"
+    single = dataclasses.replace(tracked(2.0, 0.0, 0.5), form="single_point")
+    assert rates(config, 16.0, single) == [2.0], "the prompt shows 0.0, so only 0.5 is an answer"
+    ground = dataclasses.replace(tracked(2.0, 0.5, 1.5), form="ground")
+    assert rates(config, 16.0, ground) == [1.0], "its answer is the same at every rate"
 
 
 @settings(max_examples=300, deadline=None)
