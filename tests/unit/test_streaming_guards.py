@@ -6,9 +6,13 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -17,11 +21,15 @@ import pytest
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.shared.memory import SharedMemory
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from molmo2core import storage
 from molmo2core.errors import DataError, PlatformError
 from molmo2core.references import ShardsRef
+from molmo2core.shards import streaming_guards
+from molmo2core.shards.encoding import COLUMNS
 from molmo2core.shards.index import parse_index
+from molmo2core.shards.mds import file_checksum
 from molmo2core.shards.reader import ExampleReader
 from molmo2core.shards.streaming_guards import (
     GuardedStream,
@@ -35,13 +43,13 @@ from molmo2core.testing.tiny_examples import image_examples, write_tiny_shards
 @pytest.fixture
 def ref(tmp_path: Path) -> ShardsRef:
     """Several local shards of 30 examples."""
-    return write_tiny_shards(image_examples("a", 30), str(tmp_path / "ws"))
+    return write_tiny_shards(image_examples("a", 30), str(tmp_path / "ws"), shard_bytes=6_000)
 
 
 @pytest.fixture
 def s3_ref(s3_bucket: str) -> ShardsRef:
     """The same behind an S3 server."""
-    return write_tiny_shards(image_examples("a", 30), f"{s3_bucket}/ws")
+    return write_tiny_shards(image_examples("a", 30), f"{s3_bucket}/ws", shard_bytes=6_000)
 
 
 def guarded(uri: str, cache: str = "") -> GuardedStream:
@@ -116,6 +124,121 @@ def test_cut_cache_file_is_fetched_again(s3_ref: ShardsRef, tmp_path: Path) -> N
     assert ExampleReader([s3_ref], "train", tmp_path / "cache").example(0) == expected
 
 
+def flip_a_bit(shard: Path) -> None:
+    """Of the last medium: the length stays."""
+    content = bytearray(shard.read_bytes())
+    content[-20] ^= 1
+    shard.write_bytes(content)
+
+
+def test_corrupt_local_shard_raises_at_its_first_use_and_at_every_try(ref: ShardsRef, tmp_path: Path) -> None:
+    """The fault: checksums are compared after a download only; a bit that turned on disk is trained on."""
+    flip_a_bit(Path(ref.uri, "train", "shard.00001.mds"))
+    plain = StreamingDataset(local=ref.uri, split="train", batch_size=1, validate_hash="xxh64")
+    bad = plain.samples_per_shard[0]
+    assert plain[int(bad)]["uid"], "streaming no longer serves it: the guard can go"
+    for _ in range(2):
+        reader = ExampleReader([ref], "train", tmp_path)
+        reader.prefetch([0, int(bad)])
+        assert reader.example(0).uid == "a-train-0"
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"shard\.00001\.mds: xxh64 \w+, \d+ bytes; expected \w+, .* damaged"):
+                reader.example(int(bad))
+
+
+def test_corrupt_cache_file_is_fetched_again(s3_ref: ShardsRef, tmp_path: Path) -> None:
+    """The fault: a file of the right length in the cache is believed, whatever it holds."""
+    reader = ExampleReader([s3_ref], "train", tmp_path / "cache")
+    expected = [reader.example(number) for number in range(30)]
+    for shard in (tmp_path / "cache").rglob("*.mds"):
+        flip_a_bit(shard)
+    index = next((tmp_path / "cache").rglob("index.json"))
+    index.write_bytes(index.read_bytes()[:100])
+    again = ExampleReader([s3_ref], "train", tmp_path / "cache")
+    assert [again.example(number) for number in range(30)] == expected
+
+
+def test_index_that_is_not_the_committed_one_is_refused(ref: ShardsRef, s3_ref: ShardsRef, tmp_path: Path) -> None:
+    """Catches an index that leads to other shards, with checksums of its own that fit."""
+    for where in (ref, s3_ref):
+        uri = storage.join(storage.open_committed(where.uri).uri, "train", "index.json")
+        index = json.loads(storage.read_bytes(uri))
+        index["shards"].reverse()
+        storage.write_bytes(uri, json.dumps(index).encode())
+        with pytest.raises(DataError, match=r"index\.json: another checksum"):
+            ExampleReader([where], "train", tmp_path / "cache")
+
+
+class Readings(IterableDataset[tuple[int, str]]):
+    """Each worker reads one sample of each shard, and tells its number and what happened."""
+
+    def __init__(self, reader: ExampleReader, first_samples: list[int]) -> None:
+        self.reader, self.first_samples = reader, first_samples
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        """Errors as text."""
+        worker = get_worker_info()
+        assert worker is not None
+        for sample in self.first_samples:
+            try:
+                yield worker.id, self.reader.example(sample).uid
+            except DataError as error:
+                yield worker.id, str(error)
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+@pytest.mark.parametrize("fault", ["missing", "corrupt"])
+def test_every_worker_raises_at_once(
+    request: pytest.FixtureRequest, tmp_path: Path, place: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a worker that waits for ever for the shard that another has failed to get, or ends early without it;
+    and a shard that each worker checks again.
+    """
+    ref: ShardsRef = request.getfixturevalue("ref" if place == "local" else "s3_ref")
+    reader = ExampleReader([ref], "train", tmp_path / "cache")
+    sizes = reader._samples.samples_per_shard
+    firsts = [int(sum(sizes[:number])) for number in range(len(sizes))]
+    assert len(sizes) > 2
+    shard = storage.join(storage.open_committed(ref.uri).uri, "train/shard.00001.mds")
+    if fault == "corrupt":
+        content = storage.read_bytes(shard)
+        storage.write_bytes(shard, content[:-20] + bytes(20))
+    elif place == "local":
+        Path(shard).unlink()
+    else:
+        damage(shard.rpartition("/train/")[0], "train/shard.00001.mds", None)
+    checked = tmp_path / "checked"
+
+    def counted(path: Path) -> str:
+        with checked.open("a") as file:
+            file.write(path.name[-15:] + "\n")
+        return file_checksum(path)
+
+    monkeypatch.setattr(streaming_guards, "file_checksum", counted)
+    loader = DataLoader(Readings(reader, firsts), batch_size=None, num_workers=2, timeout=20)
+    started = time.monotonic()
+    told = list(loader)
+    assert time.monotonic() - started < 15
+    for worker in (0, 1):
+        mine = [text for number, text in told if number == worker]
+        assert len(mine) == len(firsts), "no shorter epoch"
+        assert re.search(r"shard\.00001\.mds: (no such|xxh64)", mine[1])
+        assert [text for text in mine if "shard" not in text] == [f"a-train-{n}" for n in firsts if n != firsts[1]]
+    good = [name for name in checked.read_text().split() if name != "shard.00001.mds"]
+    assert len(good) == len(firsts) - 1, "once on this node"
+
+
+def test_file_that_changes_while_it_is_read_is_an_error(ref: ShardsRef, tmp_path: Path) -> None:
+    """Catches 'not enough values to unpack' as the whole explanation."""
+    reader = ExampleReader([ref], "train", tmp_path)
+    shard = Path(ref.uri, "train", "shard.00000.mds")
+    assert reader.example(0).uid == "a-train-0"
+    for length in (100, 7, 0):
+        shard.write_bytes(shard.read_bytes()[:length])
+        with pytest.raises(DataError, match=r"shard\.00000\.mds: sample 1 cannot be read|shard sample .*damaged"):
+            reader.example(1)
+
+
 @pytest.mark.parametrize("mend", ["delete", "cut"])
 def test_damaged_local_shard_is_an_error_when_opened(ref: ShardsRef, tmp_path: Path, mend: str) -> None:
     """The fault: a shorter shard gives samples that end early, without an error, until training meets them."""
@@ -170,7 +293,9 @@ def test_index_is_checked(ref: ShardsRef, change: dict[str, object], words: str)
         parse_index(json.dumps(index).encode(), "x")
 
 
-@pytest.mark.parametrize("change", [{"column_encodings": ["pkl"] * 7}, {"compression": "zstd"}, {"format": "json"}])
+@pytest.mark.parametrize(
+    "change", [{"column_encodings": ["pkl"] * len(COLUMNS)}, {"compression": "zstd"}, {"format": "json"}]
+)
 def test_foreign_shards_are_refused(ref: ShardsRef, change: dict[str, object]) -> None:
     """Catches shards with pickles (which run code when read), or of another writer."""
     index = json.loads(Path(ref.uri, "train", "index.json").read_text())
@@ -281,6 +406,27 @@ def test_readers_give_their_shared_memory_back(ref: ShardsRef, tmp_path: Path) -
     assert num_open_files() - before <= 8 * 12, "two for each of its own six, and none of the others'"
     del readers
     assert num_open_files() == before
+
+
+def lock_files() -> int:
+    return len(list(Path(tempfile.gettempdir()).glob("*_filelock")))
+
+
+def test_readers_leave_no_lock_files(ref: ShardsRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault: two files in the temporary folder per dataset, for ever; streaming passes over their numbers."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    plain = StreamingDataset(local=ref.uri, split="train", batch_size=1)
+    plain.prepare_shard(0)
+    before = lock_files()
+    del plain
+    gc.collect()
+    assert lock_files() == before > 0, "streaming no longer leaves them: the guard can go"
+    reader = ExampleReader([ref], "train", tmp_path)
+    assert reader.example(0).uid == "a-train-0"
+    assert lock_files() > before
+    del reader
+    gc.collect()
+    assert lock_files() == before
 
 
 def test_many_readers_in_one_process(ref: ShardsRef, tmp_path: Path) -> None:
