@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -224,6 +225,72 @@ def test_a_lost_medium_names_its_row_and_leaves_no_shards(workspace: Workspace) 
     with pytest.raises(DataError, match=rf"images\.jsonl:6: .*{lost}-0\.jpg: no such file"):
         shard.run(workspace.section, manifests=workspace.manifests, dataset="images", output=workspace.manifests)
     assert storage.list_files(storage.join(workspace.uri, "shards")) == []
+
+
+def test_writers_are_not_part_of_the_key(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches shards that are built again because another machine has more cores."""
+    refs = []
+    for writers in (2, 1):
+        shards = ShardsConfig(shard_bytes=3_000, writers=writers)
+        section = dataclasses.replace(workspace.section, shards=shards)
+        output = workspace.references / "images.json"
+        report = shard.run(section, manifests=workspace.manifests, dataset="images", output=output)
+        assert report.reused == (writers == 1)
+        refs.append(read_reference(output, ShardsRef))
+    assert refs[0].uri == refs[1].uri
+    assert len([name for name in storage.list_files(refs[0].uri) if name.endswith(".mds")]) > 5
+    assert storage.list_files(f"{refs[0].uri}.parts") == []
+
+
+def test_a_medium_that_is_lost_later_leaves_what_was_finished(workspace: Workspace) -> None:
+    """A medium that goes after all were seen: the row is named, and the next run reads only what is left."""
+    media = sorted(Path(workspace.uri, "corpus", "media").glob("images-train-*"))
+    section = dataclasses.replace(workspace.section, shards=ShardsConfig(shard_bytes=3_000, writers=1))
+    lost = Path(workspace.uri, "corpus", "media", f"{EXAMPLES['images'][15].uid}-0.jpg")
+    content = lost.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "file_sizes", lambda names: [os.path.getsize(name) for name in names] + lose(lost))
+        with pytest.raises(DataError, match=rf"images\.jsonl:16: .*{lost.name}: no such file"):
+            shard.run(section, manifests=workspace.manifests, dataset="images", output=workspace.references / "x.json")
+    left = storage.list_files(storage.join(workspace.uri, "shards"))
+    finished = [name for name in left if name.endswith(f"/{storage.MARKER}")]
+    assert len(finished) > 2
+    assert all(".parts/" in name for name in left)
+    lost.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        read: list[str] = []
+        original = storage.read_bytes
+        patch.setattr(storage, "read_bytes", lambda uri: (read.append(uri), original(uri))[1])
+        shard.run(section, manifests=workspace.manifests, dataset="images", output=workspace.references / "x.json")
+    read_again = {Path(uri).name for uri in read} & {path.name for path in media}
+    assert lost.name in read_again
+    assert media[0].name not in read_again
+    ref = read_reference(workspace.references / "x.json", ShardsRef)
+    reader = ExampleReader([ref], "train", workspace.references / "cache")
+    train = [example for example in EXAMPLES["images"] if example.split == "train"]
+    assert [reader.example(number) for number in range(len(reader))] == train
+
+
+def lose(path: Path) -> list[int]:
+    path.unlink()
+    return []
+
+
+def test_a_manifest_that_was_never_validated_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    """Catches a KeyError, and shards of media that nobody has looked at."""
+    content = storage.read_bytes(storage.join(workspace.uri, "manifests/k/texts.jsonl"))
+    rows = [json.loads(line) for line in content.splitlines()]
+    del rows[2]["measured"]
+
+    def fill(folder: Path) -> dict[str, str]:
+        (folder / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        return {}
+
+    folder = storage.commit_folder(storage.join(workspace.uri, "manifests", "raw"), fill)
+    ref = ManifestsRef(uri=folder.uri, digest=folder.digest, datasets=("texts",))
+    write_reference(ref, tmp_path / "raw.json")
+    with pytest.raises(DataError, match=r"texts\.jsonl:3: a row without measured; expected a manifest made by"):
+        shard.run(workspace.section, manifests=tmp_path / "raw.json", dataset="texts", output=tmp_path / "x.json")
 
 
 def test_a_medium_that_changed_after_validation_is_refused(workspace: Workspace) -> None:
