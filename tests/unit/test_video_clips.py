@@ -21,6 +21,7 @@ from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
 from molmo2core.preprocessing.lengths import root_bound
 from molmo2core.preprocessing.root import build_root
 from molmo2core.shards.encoding import example_from_sample, sample_from_example
+from molmo2core.shards.writer import sample_lengths
 from molmo2core.storage import read_bytes
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 from molmo2core.testing.video_files import encode_video, level_frame
@@ -52,7 +53,7 @@ def validated(film: Path, media: dict[str, Any], annotation: dict[str, Any]) -> 
     assert isinstance(clean.measured, Measured)
     read = row_from_line(str(film.parent / "films.jsonl"), 1, row_to_json(clean))
     example = example_from_row(read, read_bytes)  # type: ignore[arg-type]
-    again = example_from_sample(sample_from_example(example))
+    again = example_from_sample(sample_from_example(example, sample_lengths(example, tiny_tokenizer())))
     assert again == example
     return again
 
@@ -81,7 +82,7 @@ CAPTION = {"task": "video_caption", "text": "x"}
     ],
 )
 def test_frames_of_a_clip(film: Path, clip: tuple[float, float] | None, duration: float, shown: list[int]) -> None:
-    """The clip's own start and last instant; catches stamps of the file and a clip that is sampled to the file's end."""
+    """The clip's own start and last instant; catches stamps of the file, and sampling to the file's end."""
     media = {} if clip is None else {"clip": {"start": clip[0], "end": clip[1]}}
     example = validated(film, media, CAPTION)
     assert (example.media.duration_seconds, example.media.fps) == (duration, 10.0)
