@@ -11,12 +11,33 @@ from molmo2core.examples import Example, TokenizedExample
 from molmo2core.message_tree.config import Weighting
 from molmo2core.message_tree.linearize import LinearTree, linearize, linearize_prompt
 from molmo2core.message_tree.tree import Branch, MessageTree
-from molmo2core.preprocessing.chat import encode_dialogue, inference_dialogue, training_dialogue
+from molmo2core.preprocessing.chat import Dialogue, encode_dialogue, inference_dialogue, training_dialogue
 from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
 from molmo2core.preprocessing.randomness import generator
 from molmo2core.preprocessing.root import Root, build_root
 from molmo2core.preprocessing.seen_tracks import as_seen
 from molmo2core.special_tokens import TextTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnBranch:
+    """One annotation as it is asked and answered this time."""
+
+    number: int
+    """Of the annotation in its example."""
+    annotation: Annotation
+    """As it is seen (seen_tracks.py)."""
+    dialogue: Dialogue
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnExample:
+    """Everything about the training form of an example that is drawn."""
+
+    branches: tuple[DrawnBranch, ...]
+    """In the order in which they appear."""
+    high_res: bool
+    """Whether its image is seen in more crops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +51,27 @@ class Preprocessor:
     seed: int
 
     def tokenize(self, example: Example, *, epoch: int, branches: tuple[int, int] | None = None) -> TokenizedExample:
-        """Training form of `example`; what is drawn depends on seed, dataset, uid and epoch alone.
+        """Training form of `example`; arguments as of `draw`.
+
+        Raises:
+            DataError: the medium does not decode or an annotation contradicts itself.
+        """
+        drawn = self.draw(example, epoch=epoch, branches=branches)
+        tree_branches = [
+            encode_dialogue(branch.dialogue, branch.annotation.task, self.tokenizer) for branch in drawn.branches
+        ]
+        root = self._root(example, high_res=drawn.high_res)
+        special = self.tokenizer.special
+        linear = linearize(
+            MessageTree(root_ids=root.ids, branches=tuple(tree_branches)),
+            eos=special.eos,
+            visual=special.visual,
+            weighting=self.weighting,
+        )
+        return _tokenized(example, root, linear, tree_branches)
+
+    def draw(self, example: Example, *, epoch: int, branches: tuple[int, int] | None = None) -> DrawnExample:
+        """What is drawn for `example`: it depends on seed, dataset, uid and epoch alone.
 
         Args:
             example: at least one annotation.
@@ -38,7 +79,7 @@ class Preprocessor:
             branches: half-open range of annotations that become branches, if the tree was split; default all.
 
         Raises:
-            DataError: the medium does not decode or an annotation contradicts itself.
+            DataError: there are no such branches, or an annotation contradicts itself.
         """
         first, last = branches if branches is not None else (0, len(example.annotations))
         if not 0 <= first < last <= len(example.annotations):
@@ -50,22 +91,13 @@ class Preprocessor:
             )
         key = (self.seed, example.dataset, example.uid, epoch)
         order = first + generator(*key, "branch order", first, last).permutation(last - first)
-        tree_branches = []
         annotations = self.seen_annotations(example)
+        drawn = []
         for number in order.tolist():
-            annotation = annotations[number]
             rng = generator(*key, "phrasing", number)
-            dialogue = training_dialogue(annotation, self.config.style, rng, len(example.media.files))
-            tree_branches.append(encode_dialogue(dialogue, annotation.task, self.tokenizer))
-        root = self._root(example, high_res=self._draws_high_res(example, epoch))
-        special = self.tokenizer.special
-        linear = linearize(
-            MessageTree(root_ids=root.ids, branches=tuple(tree_branches)),
-            eos=special.eos,
-            visual=special.visual,
-            weighting=self.weighting,
-        )
-        return _tokenized(example, root, linear, tree_branches)
+            dialogue = training_dialogue(annotations[number], self.config.style, rng, len(example.media.files))
+            drawn.append(DrawnBranch(number=number, annotation=annotations[number], dialogue=dialogue))
+        return DrawnExample(branches=tuple(drawn), high_res=self._draws_high_res(example, epoch))
 
     def tokenize_prompt(self, example: Example, annotation_index: int) -> TokenizedExample:
         """Inference form: the root and one annotation's prompt up to `<|im_start|>assistant\\n`, first phrasing.

@@ -13,7 +13,8 @@ from molmo2core.errors import DataError
 from molmo2core.examples import Example, Split
 from molmo2core.references import ShardsRef
 from molmo2core.shards import index
-from molmo2core.shards.encoding import example_from_sample
+from molmo2core.shards.encoding import example_from_sample, lengths_from_sample
+from molmo2core.shards.lengths import SampleLengths
 
 if TYPE_CHECKING:
     from molmo2core.shards.streaming_guards import GuardedStreamingDataset
@@ -79,6 +80,12 @@ class ExampleReader:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         return example_from_sample(self._samples[index])
+
+    def lengths(self, index: int) -> SampleLengths:
+        """What a plan was made from: the bounds of the example at a global index; errors as `example`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return lengths_from_sample(self._samples[index])
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Start downloading and checking the shards of these examples; errors wait for `example`."""
