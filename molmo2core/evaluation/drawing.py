@@ -5,47 +5,17 @@ A ring is as wide as the radius within which an answer hits.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
-from PIL import Image, ImageDraw
+from collections.abc import Sequence
 
 from molmo2core.annotations import Annotation, Pointing, Tracking
+from molmo2core.drawing import Mark, Picture, draw_marks
 from molmo2core.evaluation.metrics.matching import TIME_TOLERANCE_SECONDS
 from molmo2core.evaluation.tasks import predicted_points, predicted_tracks
-from molmo2core.examples import ByteArray, Example
+from molmo2core.examples import Example
 from molmo2core.image_decoding import decode_image
 from molmo2core.video_decoding import decode_frames
 
-TRUE_COLOUR = (0, 160, 60)
-PREDICTED_COLOUR = (220, 30, 30)
-_DISPLAY_SIDE = 288  # pixels of the longer side
 _MAX_FRAMES = 6
-_CROSS_ARM = 7  # pixels
-_LINE = 3  # pixels
-_NAME_SIZE = 14  # pixels
-_EDGE_COLOUR = (255, 255, 255)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mark:
-    """One position to draw on one picture."""
-
-    x: float
-    y: float
-    radius: float | None = None
-    """Fraction of the shorter side: a true position.  None: a predicted one."""
-    name: str = ""
-    """Object number of a track."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One drawn image or frame."""
-
-    caption: str
-    jpeg: bytes
 
 
 def draw_example(example: Example, annotation: Annotation, answer: str) -> list[Picture]:
@@ -71,39 +41,6 @@ def draw_example(example: Example, annotation: Annotation, answer: str) -> list[
         )
         for number, data in enumerate(media.files, start=1)
     ]
-
-
-def draw_marks(pixels: ByteArray, marks: Iterable[Mark]) -> bytes:
-    """A JPEG of `pixels` [height, width, 3], scaled for reading, with `marks`."""
-    picture = Image.fromarray(pixels)
-    scale = _DISPLAY_SIDE / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(picture)
-    for mark in marks:
-        _draw_mark(pen, mark, width, height)
-    written = io.BytesIO()
-    picture.save(written, "JPEG", quality=88)
-    return written.getvalue()
-
-
-def _draw_mark(pen: ImageDraw.ImageDraw, mark: Mark, width: int, height: int) -> None:
-    """With a white edge: shapes may have the mark's own colour."""
-    x, y = mark.x * width, mark.y * height
-    if mark.radius is None:
-        for colour, arm, line in ((_EDGE_COLOUR, _CROSS_ARM + 2, _LINE + 4), (PREDICTED_COLOUR, _CROSS_ARM, _LINE)):
-            pen.line((x - arm, y - arm, x + arm, y + arm), colour, line)
-            pen.line((x - arm, y + arm, x + arm, y - arm), colour, line)
-        _draw_name(pen, (x + _CROSS_ARM + 2, y), mark.name, PREDICTED_COLOUR)
-        return
-    ring = mark.radius * min(width, height)
-    pen.ellipse((x - ring - 1, y - ring - 1, x + ring + 1, y + ring + 1), outline=_EDGE_COLOUR, width=_LINE + 2)
-    pen.ellipse((x - ring, y - ring, x + ring, y + ring), outline=TRUE_COLOUR, width=_LINE)
-    _draw_name(pen, (x - ring - 8, y - ring), mark.name, TRUE_COLOUR)
-
-
-def _draw_name(pen: ImageDraw.ImageDraw, place: tuple[float, float], name: str, colour: tuple[int, int, int]) -> None:
-    pen.text(place, name, colour, font_size=_NAME_SIZE, stroke_width=1, stroke_fill=_EDGE_COLOUR)
 
 
 def _image_marks(annotation: Annotation, answer: str) -> list[tuple[int, Mark]]:

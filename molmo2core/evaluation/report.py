@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from molmo2core.evaluation.drawing import Picture
+from molmo2core.drawing import Picture, figure
 from molmo2core.evaluation.gate import Verdict
 from molmo2core.evaluation.run import Answer
 
@@ -120,17 +119,11 @@ def _example(example: DrawnAnswer) -> str:
         "blind answer": answer.blind_answer,
         "scores": measures + (" (answer not understood)" if answer.score.parse_failed else ""),
     }
-    pictures = "".join(_picture(picture) for picture in example.pictures)
+    pictures = "".join(figure(picture) for picture in example.pictures)
     return (
         f'<section class="example"><strong>{escape(title)}</strong><div class="strip">{pictures}</div>'
         f"{_definitions(text)}</section>"
     )
-
-
-def _picture(picture: Picture) -> str:
-    data = base64.b64encode(picture.jpeg).decode()
-    caption = f"<figcaption>{escape(picture.caption)}</figcaption>" if picture.caption else ""
-    return f'<figure><img alt="{escape(picture.caption)}" src="data:image/jpeg;base64,{data}">{caption}</figure>'
 
 
 def _definitions(entries: Mapping[str, str]) -> str:

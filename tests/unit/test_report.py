@@ -26,7 +26,8 @@ from molmo2core.annotations import (
     TrackPosition,
     Turn,
 )
-from molmo2core.evaluation.drawing import Mark, Picture, draw_example, draw_marks
+from molmo2core.drawing import Mark, Picture, draw_marks
+from molmo2core.evaluation.drawing import draw_example
 from molmo2core.evaluation.gate import Verdict
 from molmo2core.evaluation.report import DrawnAnswer, build_report, choose_drawn
 from molmo2core.evaluation.run import Answer, Question
