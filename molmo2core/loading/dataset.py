@@ -36,22 +36,26 @@ SUBSTITUTE_SEARCH = 64
 """Entries of the following packs among which a substitute is looked for."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlacedExample:
+    """One example of a pack and the plan entry that it comes from."""
+
+    sample: int
+    """Global id."""
+    epoch: int
+    branches: tuple[int, int] | None
+    """Half-open range of annotations; None: all."""
+    dataset: str
+    example: TokenizedExample
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedPack:
     """A pack and how it came about."""
 
     pack: PackedExample
-    datasets: tuple[str, ...]
-    """Of each example."""
+    examples: tuple[PlacedExample, ...]
     deviations: tuple[Deviation, ...]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Drawn:
-    """One example of the plan."""
-
-    dataset: str
-    example: TokenizedExample
 
 
 class PackDataset(IterableDataset[Batch | Molmo2Error]):
@@ -135,7 +139,8 @@ class PackDataset(IterableDataset[Batch | Molmo2Error]):
             if number + step < num_batches * self.packs_per_rank:
                 self._reader.prefetch(self.plan.pack(self._index(number + step))["sample"].tolist())
             loaded = self.load(self._index(number))
-            batch = collate_packs([loaded.pack], datasets=loaded.datasets, deviations=loaded.deviations)
+            datasets = [placed.dataset for placed in loaded.examples]
+            batch = collate_packs([loaded.pack], datasets=datasets, deviations=loaded.deviations)
             batch["loader_idle_seconds"] = idle / step
             given = time.monotonic()
             yield batch
@@ -200,7 +205,7 @@ class PackDataset(IterableDataset[Batch | Molmo2Error]):
             DataError: every medium is broken; or, when strict, the pack is larger than planned.
         """
         limits = self.plan.packing
-        drawn: list[_Drawn] = []
+        drawn: list[PlacedExample] = []
         broken: list[Deviation] = []
         for entry in self.plan.pack(index):
             found = self._tokenize(entry, index)
@@ -230,36 +235,35 @@ class PackDataset(IterableDataset[Batch | Molmo2Error]):
             deviations.append(
                 Deviation(kind="shortened", pack=index, dataset=cut.dataset, uid=cut.example.uid, why=why)
             )
-            drawn[number : number + 1] = [] if example is None else [_Drawn(dataset=cut.dataset, example=example)]
+            drawn[number : number + 1] = [] if example is None else [dataclasses.replace(cut, example=example)]
         for deviation in deviations:
             instead = f"; {deviation.by} stands in" if deviation.by else ""
             _say(f"pack {index}: {deviation.kind}: {deviation.dataset}/{deviation.uid}: {deviation.why}{instead}")
         return LoadedPack(
             pack=pack_examples([d.example for d in drawn], self._preprocessor.geometry.max_pool),
-            datasets=tuple(d.dataset for d in drawn),
+            examples=tuple(drawn),
             deviations=tuple(deviations),
         )
 
-    def _tokenize(self, entry: Any, pack: int) -> _Drawn | Deviation:
+    def _tokenize(self, entry: Any, pack: int) -> PlacedExample | Deviation:
         """The example of one plan entry, or that its medium does not decode."""
         example = self._reader.example(int(entry["sample"]))
-        branches = int(entry["first_branch"]), int(entry["stop_branch"])
+        epoch, first, stop = (int(entry[name]) for name in ("epoch", "first_branch", "stop_branch"))
+        branches = None if (first, stop) == (0, len(example.annotations)) else (first, stop)
         try:
-            tokenized = self._preprocessor.tokenize(
-                example,
-                epoch=int(entry["epoch"]),
-                branches=None if branches == (0, len(example.annotations)) else branches,
-            )
+            tokenized = self._preprocessor.tokenize(example, epoch=epoch, branches=branches)
         except DataError as error:
             return Deviation(kind="replaced", pack=pack, dataset=example.dataset, uid=example.uid, why=str(error))
-        return _Drawn(dataset=example.dataset, example=tokenized)
+        return PlacedExample(
+            sample=int(entry["sample"]), epoch=epoch, branches=branches, dataset=example.dataset, example=tokenized
+        )
 
-    def _substitutes(self, index: int, drawn: Sequence[_Drawn], wanted: int) -> list[_Drawn]:
+    def _substitutes(self, index: int, drawn: Sequence[PlacedExample], wanted: int) -> list[PlacedExample]:
         """Up to `wanted` of the entries after pack `index` (round the end of the plan) that still fit in it."""
         limits = self.plan.packing
         tokens = limits.sequence_tokens - sum(len(d.example.input_ids) for d in drawn)
         crops = limits.crop_budget - sum(len(d.example.crops) for d in drawn)
-        found: list[_Drawn] = []
+        found: list[PlacedExample] = []
         after = int(self.plan.pack_offsets[index + 1])
         for position in range(after, after + SUBSTITUTE_SEARCH):
             candidate = self._tokenize(self.plan.entries[position % len(self.plan.entries)], index)
