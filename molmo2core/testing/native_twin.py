@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ from molmo2core.checkpoints.hf_mapping import to_released
 from molmo2core.checkpoints.native import load_native
 from molmo2core.checkpoints.processor_files import write_json
 from molmo2core.checkpoints.weight_files import write_weights
-from molmo2core.model.config import ModelConfig
 from molmo2core.model.molmo2 import Molmo2
-from molmo2core.special_tokens import SpecialTokens
 from molmo2core.special_tokens import EXTRA_TOKENS, IM_START, SpecialTokens
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 
