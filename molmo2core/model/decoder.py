@@ -72,9 +72,10 @@ class DecoderAttention(nn.Module):
     def forward(self, x: Tensor, rotary: RotaryTable, mask: AttentionMask, cache: KeyValueCache | None) -> Tensor:
         """[B, S, W] -> [B, S, W]"""
         projected_query, projected_key, projected_value = self.query_key_value(x).split(self.widths, dim=-1)
-        query = rotate(self._heads(projected_query, self.query_norm), rotary)
-        key = rotate(self._heads(projected_key, self.key_norm), rotary)
         value = projected_value.unflatten(-1, (-1, self.config.head_dim))
+        # Under autocast a norm's float32 weight made them float32: rounded here, since kernels want one dtype.
+        query = rotate(self._heads(projected_query, self.query_norm), rotary).to(value.dtype)
+        key = rotate(self._heads(projected_key, self.key_norm), rotary).to(value.dtype)
         if cache is not None and cache.num_slots:
             attended = cache.attend(self.layer, query, key, value)
         else:

@@ -9,6 +9,7 @@ compared at 1e-12 (300 packs: values differ by at most 2.4e-15, gradients by 1.1
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,15 +23,18 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from molmo2core.checkpoints.native import our_logits
 from molmo2core.errors import RecipeError
 from molmo2core.examples import PADDING
 from molmo2core.message_tree.attention_rule import allowed
 from molmo2core.model import attention_flash, attention_flex, attention_sdpa
-from molmo2core.model.attention import AttentionMask, attend
+from molmo2core.model.attention import AttentionMask, attend, attend_within_rows
 from molmo2core.model.backends import select_attention
 from molmo2core.model.config import AttentionBackend
+from molmo2core.model.decoder import DecoderAttention
+from molmo2core.model.vision_encoder import VisionBlock
 from molmo2core.testing.packs import random_pack
-from molmo2core.testing.tiny_model import tiny_model
+from molmo2core.testing.tiny_model import random_prompt, tiny_model
 
 HEADS, GROUPS, WIDTH = 4, 2, 16
 
@@ -226,6 +230,32 @@ def test_backends_give_the_same_model() -> None:
     real = (pack.subsegment_ids != PADDING)[..., None]
     assert not torch.equal(plain, flexed)
     assert ((plain - flexed) * real).abs().max() <= 1e-5 * plain.abs().max()
+
+
+@torch.no_grad()
+def test_kernels_get_one_half_dtype_under_autocast() -> None:
+    """float32 weights under `amp_bf16`.  Would catch queries and keys that their norms' weights made float32 beside
+    bfloat16 values: FlexAttention and flash-attn refuse that, and context parallelism would exchange double."""
+    model = tiny_model(1)
+    prompt = random_prompt(model.config, seed=1, images=1)
+    seen: list[torch.dtype] = []
+    for module in model.modules():
+        if isinstance(module, DecoderAttention):
+            module.attend = noting_dtypes(seen, partial(attend, backend="flex"))
+        elif isinstance(module, VisionBlock):
+            module.attend = noting_dtypes(seen, attend_within_rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        our_logits(model, [prompt], pad_id=0)
+    assert set(seen) == {torch.bfloat16}
+    assert len(seen) == 3 * (model.config.decoder.num_layers + model.config.vision_encoder.num_layers)
+
+
+def noting_dtypes(seen: list[torch.dtype], inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def noting(query: Tensor, key: Tensor, value: Tensor, *mask: AttentionMask) -> Tensor:
+        seen.extend((query.dtype, key.dtype, value.dtype))
+        return inner(query, key, value, *mask)
+
+    return noting
 
 
 @pytest.mark.parametrize("backend", ["flex", "flash"])
