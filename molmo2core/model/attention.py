@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from molmo2core.model import attention_flash, attention_flex, attention_sdpa
-from molmo2core.model.attention_sdpa import Span
+from molmo2core.model.attention_sdpa import KeptMasks, Span
 from molmo2core.model.config import AttentionBackend
 
 
@@ -76,8 +76,8 @@ class AttentionMask:
         return VariableLengths(torch.tensor(offsets, dtype=torch.int32, device=device), longest)
 
     @cached_property
-    def span_masks(self) -> dict[int, Tensor]:
-        """Small masks that attention_sdpa keeps from one layer to the next, by number of the span."""
+    def span_masks(self) -> KeptMasks:
+        """What attention_sdpa keeps from one layer to the next."""
         return {}
 
 

@@ -39,6 +39,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: BlockMask) -> Te
     return attended.transpose(1, 2)
 
 
+@torch.inference_mode(False)  # a mask that is first used in inference may be kept until training
 def block_mask(subsegment_ids: Tensor, is_visual: Tensor) -> BlockMask:
     """The rule of message_tree/attention_rule.py for int64 [B, S] ids and bool [B, S] flags; padding sees itself."""
     length = subsegment_ids.shape[1]

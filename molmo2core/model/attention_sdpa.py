@@ -29,6 +29,10 @@ QUERY_ROWS = 512
 """Queries of a longer document that are computed at once."""
 
 
+KeptMasks = dict[tuple[int, torch.dtype], Tensor]
+"""Small masks [L, L] that all layers share, by number of the span."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Span:
     """One document of a row, or a run of padding."""
@@ -73,7 +77,7 @@ def document_spans(subsegment_ids: Tensor, is_visual: Tensor) -> tuple[Span, ...
     return tuple(spans)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, spans: Sequence[Span], masks: dict[int, Tensor]) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, spans: Sequence[Span], masks: KeptMasks) -> Tensor:
     """Attention within each span.
 
     Args:
@@ -94,9 +98,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, spans: Sequence[Span],
         elif span.is_plain_causal:
             parts.append(_sdpa(query, key, value, None))
         elif span.length <= SHORT:
-            if number not in masks:
-                masks[number] = _bias(span, 0, span.length, span.length, query)
-            parts.append(_sdpa(query, key, value, masks[number]))
+            kept = (number, query.dtype)
+            if kept not in masks:
+                masks[kept] = _bias(span, 0, span.length, span.length, query)
+            parts.append(_sdpa(query, key, value, masks[kept]))
         else:
             parts += _long_document(query, key, value, span)
     return torch.cat(parts).view(batch, length, *queries.shape[2:])
@@ -119,6 +124,7 @@ def _masked_rows(query: Tensor, key: Tensor, value: Tensor, span: Span, start: i
     return _sdpa(query, key, value, _bias(span, start, stop, key.shape[0], query))
 
 
+@torch.inference_mode(False)  # a mask that is first used in inference may be kept until training
 def _bias(span: Span, start: int, stop: int, reach: int, like: Tensor) -> Tensor:
     """[stop - start, reach] 0 where a query may attend and -inf elsewhere (faster than bool in torch's CPU kernel)."""
     ids, visual = span.subsegment_ids.to(like.device), span.is_visual.to(like.device)

@@ -9,6 +9,7 @@ compared at 1e-12 (300 packs: values differ by at most 2.4e-15, gradients by 1.1
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -185,6 +186,26 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self.largest = max(self.largest, value.numel())
         return result
+
+
+@pytest.mark.parametrize("first_mode", [torch.inference_mode, torch.no_grad])
+def test_a_mask_serves_evaluation_then_training(first_mode: Callable[[], Any]) -> None:
+    """What a mask keeps from its first use must fit the second, another dtype included.  Would catch a kept tensor
+    that autograd may not save because inference made it, and one in bfloat16 beside float32 queries."""
+    kept, fresh = (random_pack(np.random.default_rng(3), max_tokens=400) for _ in range(2))
+    length = kept.subsegment_ids.shape[1]
+    with first_mode():
+        attend(*tensors(1, length, torch.bfloat16), kept, "sdpa")
+        attend(*tensors(1, length, torch.float32), kept, "sdpa")
+        attend(*tensors(1, length, torch.float32), kept, "flex")
+    results = []
+    for mask in (kept, fresh):
+        inputs = [x.requires_grad_() for x in tensors(1, length, torch.float32)]
+        results.append(torch.autograd.grad(attend(*inputs, mask, "sdpa").square().sum(), inputs))
+    assert all(torch.equal(after, alone) for after, alone in zip(*results, strict=True))
+    blocks = kept.block_mask  # FlexAttention saves these, and what its rule looks up, for the backward pass
+    saved = [*vars(blocks).values(), *inspect.getclosurevars(blocks.mask_mod).nonlocals.values()]
+    assert not any(value.is_inference() for value in saved if isinstance(value, Tensor))
 
 
 def test_flash_bounds_are_the_documents() -> None:
