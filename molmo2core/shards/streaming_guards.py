@@ -7,19 +7,19 @@
    that is there already is checked once on each node, before its first sample is read; a bad one is fetched again.
 3. "Reused local directory": two readers of one cache, or one after a `kill -9` that left its shared memory behind,
    are refused.  Here streams are local to streaming (`remote=None`), and the download is ours.
-4. Two processes that start at once pick the same name for their shared memory; one dies, or worse, both share it.
-   Here construction is done under a lock of the machine.
+4. Names of shared memory are counted up from 0, past those of all other datasets of the machine.  Two processes that
+   start at once take the same; one dies, or worse, both share it.  Here counting starts at a random number.
 5. Shared memory, also that of other datasets that the constructor only looks at, stays open until the process ends:
    a few dozen datasets use up all file handles; and lock files stay in the temporary folder for ever.  Here they go
-   with their dataset, and the looked-at at once.
+   with their dataset.
 6. Left alone with `WORLD_SIZE` set, the constructor starts and ends a process group of its own.  Here that is an error.
 """
 
 from __future__ import annotations
 
-import fcntl
+import itertools
 import os
-import tempfile
+import secrets
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,9 +30,10 @@ from typing import Any
 
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
-from streaming.base.distributed import get_local_rank, get_world_size
+from streaming.base.distributed import get_world_size
 from streaming.base.format import Reader
 from streaming.base.shared import memory as memory_module
+from streaming.base.shared import prefix as prefix_module
 from streaming.base.shared.memory import SharedMemory
 from torch import distributed
 
@@ -40,6 +41,8 @@ from molmo2core import storage
 from molmo2core.errors import DataError, PlatformError
 from molmo2core.shards import index
 from molmo2core.shards.mds import HASH, file_checksum
+
+_NUMBERS = 10**12
 
 
 class GuardedStream(Stream):  # type: ignore[misc]  # untyped
@@ -137,16 +140,15 @@ class GuardedStreamingDataset(StreamingDataset):  # type: ignore[misc]  # untype
                 found=f"WORLD_SIZE is {get_world_size()}, but there is no process group",
                 mend="call torch.distributed.init_process_group before building readers",
             )
-        opened: list[SharedMemory] = []
+        made: list[SharedMemory] = []
         try:
-            with _one_construction_at_a_time(), _shared_memory_collected_in(opened):
+            with _names_of_its_own(), _shared_memory_collected_in(made):
                 super().__init__(streams=list(streams), shuffle=False, num_canonical_nodes=1, batch_size=1)
         except BaseException:
-            _release(opened, os.getpid())
+            _release(made, os.getpid())
             raise
         arrays = (self._shared_barrier._arr, self._next_epoch.arr, self._cache_usage.arr)
         owned = [self._locals_shm, *(array.shm for array in (*arrays, self._shard_states, self._shard_access_times))]
-        _release([memory for memory in opened if not any(memory is mine for mine in owned)], os.getpid())
         weakref.finalize(self, _release, owned, os.getpid())
         if self._unique_rank_world.is_local_leader:
             locks = Path(self._cache_filelock_path), Path(self._shared_barrier.filelock_path)
@@ -190,23 +192,29 @@ class GuardedStreamingDataset(StreamingDataset):  # type: ignore[misc]  # untype
 
 
 @contextmanager
-def _one_construction_at_a_time() -> Iterator[None]:
-    """Hold the machine's lock on local rank 0; other ranks go on once it is held."""
-    shared_memory = Path("/dev/shm")
-    folder = shared_memory if os.access(shared_memory, os.W_OK) else Path(tempfile.gettempdir())
-    with (folder / f"molmo2core-streaming-{os.getuid()}.lock").open("w") as lock:
-        if get_local_rank() == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.barrier()
+def _names_of_its_own() -> Iterator[None]:
+    """Let streaming count names from a number that no other dataset has; ranks of a process group agree on it."""
+    first = [secrets.randbelow(_NUMBERS)]
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast_object_list(first, src=0)
+    original = prefix_module._each_prefix_int
+    prefix_module._each_prefix_int = lambda: itertools.count(first[0])
+    try:
         yield
+    finally:
+        prefix_module._each_prefix_int = original
 
 
 @contextmanager
-def _shared_memory_collected_in(opened: list[SharedMemory]) -> Iterator[None]:
-    """Note the shared memory that streaming would keep open until the process ends, instead of keeping it."""
+def _shared_memory_collected_in(made: list[SharedMemory]) -> Iterator[None]:
+    """Note the shared memory that streaming makes instead of keeping all that it opens until the process ends."""
+
+    def note(cleanup: Any) -> None:
+        if cleanup.__self__.created_shms:  # what was only opened is closed when nothing refers to it
+            made.append(cleanup.__self__)
+
     original = memory_module.atexit
-    memory_module.atexit = SimpleNamespace(register=lambda cleanup: opened.append(cleanup.__self__))
+    memory_module.atexit = SimpleNamespace(register=note)
     try:
         yield
     finally:

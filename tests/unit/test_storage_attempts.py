@@ -147,11 +147,11 @@ def test_uploads_that_lost_or_were_abandoned_go(s3_bucket: str, soon: None) -> N
     uri = f"{s3_bucket}/folder"
     storage.write_bytes(f"{uri}/by-attempt-killed/shard", b"half of it")
     storage.write_bytes(f"{s3_bucket}/folder2/by-attempt-other/shard", b"another folder's")
-    time.sleep(2.1)  # S3 counts whole seconds
-    storage.write_bytes(f"{uri}/by-attempt-alive/shard", b"still uploading")
 
     def lose(folder: Path) -> dict[str, Any]:
-        storage.commit_folder(uri, shards)  # another writer is faster
+        storage.commit_folder(uri, shards)  # another writer is faster, by an age
+        time.sleep(2.1)  # S3 counts whole seconds
+        storage.write_bytes(f"{uri}/by-attempt-alive/shard", b"still uploading")
         return one_file(folder)
 
     standing = storage.commit_folder(uri, lose)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -14,12 +15,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
 import numpy as np
 import pytest
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
+from streaming.base.shared import memory
 from streaming.base.shared.memory import SharedMemory
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -35,7 +38,6 @@ from molmo2core.shards.streaming_guards import (
     GuardedStream,
     GuardedStreamingDataset,
     _release,
-    _shared_memory_collected_in,
 )
 from molmo2core.testing.tiny_examples import image_examples, write_tiny_shards
 
@@ -156,6 +158,12 @@ def test_corrupt_cache_file_is_fetched_again(s3_ref: ShardsRef, tmp_path: Path) 
     index.write_bytes(index.read_bytes()[:100])
     again = ExampleReader([s3_ref], "train", tmp_path / "cache")
     assert [again.example(number) for number in range(30)] == expected
+    shard = next((tmp_path / "cache").rglob("shard.00000.mds"))
+    flip_a_bit(shard)
+    damage(storage.open_committed(s3_ref.uri).uri, "train/shard.00000.mds", None)
+    with pytest.raises(DataError, match=r"shard\.00000\.mds: no such object"):
+        ExampleReader([s3_ref], "train", tmp_path / "cache").example(0)
+    assert not shard.exists(), "a bad file does not stay, even if there is no better one"
 
 
 def test_index_that_is_not_the_committed_one_is_refused(ref: ShardsRef, s3_ref: ShardsRef, tmp_path: Path) -> None:
@@ -350,24 +358,31 @@ def _build_many(
     results.send(failures)
 
 
-def failures_at_once(uri: str, *, plain: bool) -> int:
-    """How often one of four processes that build a dataset at the same time fails, in 15 rounds."""
+def failures_at_once(uri: str, *, plain: int) -> tuple[int, int]:
+    """How often the first `plain` of four processes that build a dataset at the same time fail, in 15 rounds; and how
+    often the others, which are guarded, do.
+    """
     context = multiprocessing.get_context("fork")
     start = context.Barrier(4)
     pipes = [context.Pipe() for _ in range(4)]
-    processes = [context.Process(target=_build_many, args=(uri, plain, start, there)) for _, there in pipes]
+    processes = [
+        context.Process(target=_build_many, args=(uri, number < plain, start, there))
+        for number, (_, there) in enumerate(pipes)
+    ]
     for process in processes:
         process.start()
-    failures = sum(here.recv() if here.poll(60) else 1000 for here, _ in pipes)
+    failures = [here.recv() if here.poll(60) else 1000 for here, _ in pipes]
     for process in processes:
         process.join()
-    return failures
+    return sum(failures[:plain]), sum(failures[plain:])
 
 
 def test_processes_that_start_at_once_do_not_meet(ref: ShardsRef) -> None:
     """The fault: two processes choose one name for their shared memory; one dies with FileExistsError."""
-    assert failures_at_once(ref.uri, plain=False) == 0
-    if not failures_at_once(ref.uri, plain=True):
+    assert failures_at_once(ref.uri, plain=0) == (0, 0)
+    of_plain, of_guarded = failures_at_once(ref.uri, plain=3)
+    assert of_guarded == 0, "nor do they meet those of another program"
+    if not of_plain:
         pytest.skip("the plain class happened not to collide this time; the guarded one was checked")
 
 
@@ -381,22 +396,31 @@ def test_no_process_group_is_started_behind_the_callers_back(
         ExampleReader([ref], "train", tmp_path)
 
 
-def num_open_files() -> int:
-    """Handles of shared memory; sockets of the S3 server come and go."""
+def open_shared_memory() -> list[str]:
+    """Names of shared memory, one for each handle; sockets of the S3 server come and go meanwhile."""
     gc.collect()
-    links = (os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
-    return sum(link.startswith("/dev/shm/") for link in links)
+    links = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(path))
+    return [link for link in links if link.startswith("/dev/shm/")]
+
+
+def num_open_files() -> int:
+    return len(open_shared_memory())
 
 
 def test_readers_give_their_shared_memory_back(ref: ShardsRef, tmp_path: Path) -> None:
     """The fault: every dataset, and every look at another one's shared memory, costs file handles for ever."""
     before = num_open_files()
     opened: list[SharedMemory] = []
-    open_files = [before]
-    with _shared_memory_collected_in(opened):  # only so that this process gets rid of it afterwards
+    open_files = [0]
+    with pytest.MonkeyPatch.context() as patch:  # only so that this process gets rid of it afterwards
+        patch.setattr(memory, "atexit", SimpleNamespace(register=lambda cleanup: opened.append(cleanup.__self__)))
         for _ in range(4):
             StreamingDataset(local=ref.uri, split="train", batch_size=1)
-            open_files.append(num_open_files())
+            mine = {f"/dev/shm/{made.name}" for memory in opened for made in memory.created_shms}
+            open_files.append(sum(name in mine for name in open_shared_memory()))  # not those of other processes
     first, *_, last = np.diff(open_files).tolist()
     assert last > first > 0, "streaming no longer leaks: the guard can go"
     _release(opened, os.getpid())
@@ -404,8 +428,11 @@ def test_readers_give_their_shared_memory_back(ref: ShardsRef, tmp_path: Path) -
 
     readers = [ExampleReader([ref], "train", tmp_path) for _ in range(8)]
     assert num_open_files() - before <= 8 * 12, "two for each of its own six, and none of the others'"
+    names = [f"{reader._samples._shm_prefix_int:06}_*" for reader in readers]
+    assert [len(list(Path("/dev/shm").glob(name))) for name in names] == [6] * 8
     del readers
     assert num_open_files() == before
+    assert [len(list(Path("/dev/shm").glob(name))) for name in names] == [0] * 8
 
 
 def lock_files() -> int:
