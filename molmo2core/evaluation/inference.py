@@ -20,7 +20,7 @@ from molmo2core.preprocessing.preprocessor import Preprocessor
 from molmo2core.special_tokens import load_tokenizer
 
 _MID_GREY = 127
-_TOKENS_PER_BATCH = 32_768
+TOKENS_PER_BATCH = 32_768
 """Of prompts that share a batch, so that long videos are answered one by one, whatever the batch size."""
 
 
@@ -62,7 +62,7 @@ class InferenceModel:
         tokenizer = self.preprocessor.tokenizer
         limit = self.model.config.decoder.max_position_embeddings
         answers = [""] * len(prompts)
-        for batch in _batches([len(prompt.input_ids) for prompt in prompts], batch_size):
+        for batch in batches([len(prompt.input_ids) for prompt in prompts], batch_size):
             options = [
                 GenerationOptions(
                     max_new_tokens=min(max_new_tokens, limit - len(prompts[i].input_ids)),
@@ -97,12 +97,12 @@ def blanked(prompt: TokenizedExample) -> TokenizedExample:
     return dataclasses.replace(prompt, crops=np.full_like(prompt.crops, _MID_GREY))
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of `lengths`, ascending, in groups of at most `batch_size` and, above one, of _TOKENS_PER_BATCH."""
+def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of `lengths`, ascending, in groups of at most `batch_size` and, above one, of TOKENS_PER_BATCH."""
     batch: list[int] = []
     tokens = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == batch_size or tokens + lengths[index] > _TOKENS_PER_BATCH):
+        if batch and (len(batch) >= batch_size or tokens + lengths[index] > TOKENS_PER_BATCH):
             yield batch
             batch, tokens = [], 0
         batch.append(index)

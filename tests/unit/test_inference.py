@@ -1,0 +1,51 @@
+"""How an exported model answers many prompts: which share a batch, and where an answer must end."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from molmo2core.evaluation import inference
+from molmo2core.evaluation.inference import InferenceModel
+from molmo2core.model.generate import GenerationOptions, generate
+from molmo2core.preprocessing.config import PreprocessingConfig
+from molmo2core.preprocessing.preprocessor import Preprocessor
+from molmo2core.testing.tiny_model import random_prompt, tiny_model
+from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 60_000), max_size=20), st.integers(1, 8))
+def test_batches_are_bounded_in_prompts_and_tokens(lengths: list[int], batch_size: int) -> None:
+    """Every prompt once, shortest first.  Would catch a long video that shares a batch, or is left out for its
+    length."""
+    batches = list(inference.batches(lengths, batch_size))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    ordered = [lengths[i] for batch in batches for i in batch]
+    assert ordered == sorted(lengths)
+    for batch in batches:
+        assert 1 <= len(batch) <= batch_size
+        assert len(batch) == 1 or sum(lengths[i] for i in batch) <= inference.TOKENS_PER_BATCH
+
+
+def test_an_answer_ends_with_the_models_positions() -> None:
+    """A prompt that leaves room for 3 tokens gets 3, its neighbour all.  Would catch one long prompt that ends a
+    whole evaluation with an error, and an answer beyond the positions that were trained."""
+    model = tiny_model(3)
+    short, long = random_prompt(model.config, seed=1, words=5), random_prompt(model.config, seed=2, words=40)
+    decoder = dataclasses.replace(model.config.decoder, max_position_embeddings=len(long.input_ids) + 3)
+    model.config = dataclasses.replace(model.config, decoder=decoder)
+    tokenizer = tiny_tokenizer()
+    preprocessor = Preprocessor(
+        geometry=model.config.geometry, config=PreprocessingConfig(), tokenizer=tokenizer, weighting="none", seed=0
+    )
+    answers = InferenceModel(model=model, preprocessor=preprocessor).answer(
+        [long, short], batch_size=2, max_new_tokens=20
+    )
+    for answer, prompt, room in zip(answers, (long, short), (3, 20), strict=True):
+        options = GenerationOptions(max_new_tokens=room, stop_tokens=frozenset({tokenizer.special.eos}))
+        expected = generate(model, [prompt], options)[0]
+        assert answer == tokenizer.decode(list(expected.token_ids)).strip()
+        assert answer
