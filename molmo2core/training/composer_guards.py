@@ -5,6 +5,7 @@ Each says what goes wrong without it; tests/unit/test_training_guards.py and tes
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import zipfile
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from composer import Callback
-from composer.utils import reproducibility
+from composer.utils import collect_env, reproducibility
 
 from molmo2core.errors import PlatformError
 
@@ -38,6 +39,15 @@ def average_gradients_on_gloo() -> None:
         return 1.0, float(reduce_scatter_group.size() * replicas)
 
     collectives._get_gradient_divide_factors = divide_after_sum
+
+
+def name_the_processor_without_probing() -> None:
+    """Have Composer ask the system for the processor's name.
+
+    Its Trainer has py-cpuinfo find it out: a process that sleeps a second and counts the processor's ticks, and that
+    on a busy virtual machine never came back (seen: both ranks waited while two of them used a core each for minutes).
+    """
+    collect_env.get_cpu_model = lambda: platform.processor() or platform.machine()
 
 
 def check_fsdp2(state: State) -> None:

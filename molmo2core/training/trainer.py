@@ -44,6 +44,7 @@ from molmo2core.training.composer_guards import (
     average_gradients_on_gloo,
     check_fsdp2,
     delete_other_checkpoints,
+    name_the_processor_without_probing,
     newest_checkpoint,
 )
 from molmo2core.training.composer_model import TrainedMolmo2
@@ -164,6 +165,7 @@ def build_trainer(
 ) -> Trainer:
     """Composer's Trainer with every seam of DECISIONS D9; see `train`."""
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
+    name_the_processor_without_probing()
     ranks = dist.get_world_size()
     context_rank = dist.get_global_rank() % config.context_parallel
     if ranks > 1 and isinstance(device, DeviceCPU):

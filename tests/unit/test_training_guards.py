@@ -12,6 +12,7 @@ import pytest
 import torch
 from composer import Time, Trainer
 from composer.loggers import LoggerDestination
+from composer.utils import collect_env
 
 from molmo2core.errors import PlatformError, RecipeError
 from molmo2core.model.attention import AttentionMask
@@ -27,6 +28,8 @@ from molmo2core.training.microbatch import MicrobatchMaker
 from molmo2core.training.optimizer import learning_rate
 
 DROPOUT = DropoutConfig(residual=0.2, response_residual=0.2)
+COMPOSERS_OWN = collect_env.get_cpu_model
+"""Before any training in this process has replaced it."""
 
 
 def assert_identical(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -217,6 +220,22 @@ def test_an_infinite_loss_stops_before_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="training step 1"):
         train_tiny(tmp_path, training_config(save_interval_steps=1), model=model)
     assert newest_checkpoint(tmp_path) is None
+
+
+def test_no_process_that_may_spin_for_ever_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """py-cpuinfo's, which a Trainer starts to learn the processor's name.  Left alone, Composer asks it."""
+
+    class Asked(Exception):
+        pass
+
+    def ask() -> None:
+        raise Asked
+
+    monkeypatch.setattr(collect_env.cpuinfo, "get_cpu_info", ask)
+    with pytest.raises(Asked):
+        COMPOSERS_OWN.__wrapped__()  # it remembers an answer
+    monkeypatch.setattr(collect_env, "get_cpu_model", COMPOSERS_OWN.__wrapped__)
+    train_tiny(tmp_path, training_config(steps=1))
 
 
 def test_half_precision_on_a_cpu_is_refused() -> None:
