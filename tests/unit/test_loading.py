@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from molmo2core.errors import DataError, PlatformError
-from molmo2core.examples import PADDING, Batch, Deviation, Example
+from molmo2core.examples import PADDING, Batch, Deviation, Example, TokenizedExample
 from molmo2core.loading import dataloader as dataloader_module
 from molmo2core.loading.collator import join_batches
 from molmo2core.loading.dataloader import PackLoader, pack_bytes, prefetch_factor, worker_errors
@@ -29,6 +29,7 @@ from molmo2core.packing.config import PackingConfig
 from molmo2core.preprocessing.branch_lengths import annotation_tokens_bounds
 from molmo2core.preprocessing.config import STYLES, VisualGeometry
 from molmo2core.preprocessing.lengths import root_bound
+from molmo2core.preprocessing.preprocessor import Preprocessor
 from molmo2core.testing.loading import (
     GEOMETRY,
     GLOBAL_BATCH,
