@@ -8,10 +8,13 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 
 from molmo2core import storage
 from molmo2core.errors import DataError
@@ -25,8 +28,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What has not changed for a second counts as abandoned."""
-    monkeypatch.setattr(storage, "ABANDONED_SECONDS", 1.0)
+    """What has not changed for two seconds counts as abandoned."""
+    monkeypatch.setattr(storage, "ABANDONED_SECONDS", 2.0)
     storage._remove_abandoned_attempts.cache_clear()
     yield
     storage._remove_abandoned_attempts.cache_clear()
@@ -131,7 +134,7 @@ def test_local_attempts_of_killed_writers_go_after_their_age(tmp_path: Path, soo
     writer.kill()
     writer.join()
     (abandoned,) = (tmp_path / "place").glob(".attempt-*")
-    time.sleep(1.2)
+    time.sleep(2.1)
     alive = tmp_path / "place" / ".attempt-alive"
     (alive / "deep").mkdir(parents=True)
     (alive / "deep" / "file").write_text("old times are kept by copytree")
@@ -142,15 +145,23 @@ def test_local_attempts_of_killed_writers_go_after_their_age(tmp_path: Path, soo
     assert alive.exists()
 
 
-def test_uploads_that_lost_or_were_abandoned_go(s3_bucket: str, soon: None) -> None:
+def backdate(bucket: str) -> None:
+    """As if all that is in a bucket had been written eight days ago."""
+    for stored in s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[bucket.removeprefix("s3://")].keys.values():
+        stored.last_modified -= timedelta(days=8)
+
+
+def test_uploads_that_lost_or_were_abandoned_go(s3_bucket: str) -> None:
     """Catches a bucket that keeps every lost upload, and the removal of the upload that the marker points to."""
     uri = f"{s3_bucket}/folder"
     storage.write_bytes(f"{uri}/by-attempt-killed/shard", b"half of it")
     storage.write_bytes(f"{s3_bucket}/folder2/by-attempt-other/shard", b"another folder's")
+    backdate(s3_bucket)
 
     def lose(folder: Path) -> dict[str, Any]:
-        storage.commit_folder(uri, shards)  # another writer is faster, by an age
-        time.sleep(2.1)  # S3 counts whole seconds
+        storage.commit_folder(uri, shards)  # another writer is faster
+        assert not storage.exists(f"{uri}/by-attempt-killed/shard")
+        backdate(s3_bucket)  # by an age
         storage.write_bytes(f"{uri}/by-attempt-alive/shard", b"still uploading")
         return one_file(folder)
 
