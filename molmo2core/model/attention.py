@@ -8,7 +8,7 @@ id and a visual flag, and never as S x S.  Three backends compute the same from 
     flash   flash-attn's variable-length kernel, for what is plainly causal; CUDA     attention_flash.py
 
 `auto` takes `sdpa` on a CPU; on CUDA `flash` where it is installed and the batch is plain causal text, else `flex`.
-flash-attn knows no masks, so `flash` too leaves sequences with visual tokens or several branches to `flex`.
+flash-attn knows no masks, so `flash` too leaves batches with images or several branches to `flex`.
 
 Shape legend: B batch, S sequence, H query heads, G key/value heads, h head dimension.
 """
@@ -57,7 +57,7 @@ class AttentionMask:
 
     @cached_property
     def is_plain_causal(self) -> bool:
-        """Whether no document has visual tokens or branches."""
+        """Whether every document is plain text: a root and one branch at most, and no visual tokens that see ahead."""
         return all(span.is_plain_causal for span in self.spans)
 
     @cached_property

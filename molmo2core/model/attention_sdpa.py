@@ -46,7 +46,8 @@ class Span:
     is_visual: Tensor
     """[L] on the CPU."""
     is_plain_causal: bool
-    """Neither visual tokens nor branches."""
+    """Whether the rule forbids nothing of the past and allows nothing ahead: one branch at most, and no two visual
+    tokens that see each other."""
 
     @property
     def length(self) -> int:
@@ -70,7 +71,7 @@ def document_spans(subsegment_ids: Tensor, is_visual: Tensor) -> tuple[Span, ...
                     is_padding=int(ids[0]) == PADDING,
                     subsegment_ids=ids,
                     is_visual=visual,
-                    is_plain_causal=bool((ids == ids[0]).all()) and not bool(visual.any()),
+                    is_plain_causal=bool((ids.diff() <= 0).all() and (ids[visual].diff() < 0).all()),
                 )
             )
             start += length

@@ -16,7 +16,7 @@ def random_pack(
 
     Args:
         padding: whether padding may stand before, between and after documents.
-        plain: documents of one branch without visual tokens.
+        plain: documents of a root and one branch, without visual tokens.
     """
     ids: list[int] = []
     visual: list[bool] = []
@@ -29,11 +29,12 @@ def random_pack(
             visual += [False] * run
         root = int(length * rng.random() ** 3) + 1
         branches = 1 if plain else int(rng.integers(1, 5))
-        density = rng.choice([0.0, 0.3, 0.95])
-        parts = [(ROOT, root, density), *((b, int(length * rng.random() ** 4) + 1, 0.02) for b in range(branches))]
-        for subsegment, run, share in parts[1:] if plain else parts:
+        density, in_branches = (0.0, 0.0) if plain else (rng.choice([0.0, 0.3, 0.95]), 0.02)
+        parts = [(ROOT, root, density)]
+        parts += [(branch, int(length * rng.random() ** 4) + 1, in_branches) for branch in range(branches)]
+        for subsegment, run, share in parts:
             ids += [document * DOCUMENT + subsegment] * run
-            visual += (np.zeros(run, bool) if plain else rng.random(run) < share).tolist()
+            visual += (rng.random(run) < share).tolist()
         document += int(rng.integers(1, 3))
     flags = np.array(visual[:length]) & (np.array(ids[:length]) != PADDING)
     return AttentionMask(torch.tensor(ids[:length])[None], torch.from_numpy(flags)[None])

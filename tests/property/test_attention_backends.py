@@ -227,9 +227,32 @@ def test_flash_bounds_are_the_documents() -> None:
     assert longest == max(len(part) for part in parts)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_trees_are_not_plain(seed: int) -> None:
-    assert not random_pack(np.random.default_rng(seed), max_tokens=400).is_plain_causal
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**31), plain=st.booleans())
+def test_plain_documents_are_those_that_the_rule_makes_causal(seed: int, plain: bool) -> None:
+    """Both ways: a document with branches that is taken for plain text would be wrong, and a prompt and its answer
+    that are not would be slow, without flash-attn or with a mask."""
+    pack = random_pack(np.random.default_rng(seed), max_tokens=300, plain=plain)
+    for span in pack.spans:
+        causal = np.tri(span.length, dtype=bool)
+        by_the_rule = allowed(span.subsegment_ids.numpy(), span.is_visual.numpy())
+        assert span.is_plain_causal == (span.is_padding or np.array_equal(by_the_rule, causal))
+
+
+@pytest.mark.parametrize(
+    ("ids", "visual", "plain"),
+    [
+        ([10_000, 0, 0], [], True),  # a prompt and its answer
+        ([10_000, 0, 0, 1], [], False),  # two answers
+        ([10_000, 10_000, 0], [0], True),  # the one visual token that training adds to a pack without any
+        ([10_000, 10_000, 0], [0, 1], False),
+        ([-1, 10_000, 0, -1, 110_000, 100_000, -1], [4, 5], True),  # which do not see each other in both directions
+    ],
+)
+def test_plain_packs(ids: list[int], visual: list[int], plain: bool) -> None:
+    is_visual = torch.zeros(1, len(ids), dtype=torch.bool)
+    is_visual[0, visual] = True
+    assert AttentionMask(torch.tensor([ids]), is_visual).is_plain_causal == plain
 
 
 @torch.no_grad()
