@@ -57,10 +57,9 @@ class PromptBatch:
 
     @property
     def seen_by_answer(self) -> Tensor:
-        """bool [T] whether the tokens to come, which continue the branch of the last one, may attend to each token:
-        the rule of message_tree/attention_rule.py."""
-        last = self.subsegment_ids[self.last_tokens][self.row_of_token]
-        return (self.subsegment_ids // DOCUMENT == last // DOCUMENT) & (self.subsegment_ids >= last)
+        """bool [T] whether the tokens to come, which continue the branch of the last one, may attend to each token: the
+        rule of message_tree/attention_rule.py.  Documents of a row ascend, so earlier ones have smaller ids."""
+        return self.subsegment_ids >= self.subsegment_ids[self.last_tokens][self.row_of_token]
 
     @property
     def as_documents(self) -> Tensor:

@@ -40,7 +40,5 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
         uniform: float64 [N] in [0, 1).
     """
     cumulative = probabilities.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    # Below the total even after rounding, so that no token of probability 0 behind the last possible one is drawn.
-    wanted = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    wanted = uniform[:, None] * cumulative[:, -1:]  # below the total also when rounded, since uniform <= 1 - 2^-53
     return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
