@@ -69,8 +69,8 @@ def run_until(line: str, workspace: Path) -> list[psutil.Process]:
 def check_nothing_half_written(workspace: Path) -> None:
     """Every folder with a stage's name is whole: its marker is there and each file has the size it says."""
     for pattern in FOLDERS:
-        for folder in workspace.glob(pattern):
-            if folder.name.startswith(".") or folder.suffix == ".resume" or not folder.is_dir():
+        for folder in [*workspace.glob(pattern), *workspace.glob(f"{pattern}.parts/*")]:  # finished parts of shards
+            if folder.name.startswith(".") or folder.suffix in (".resume", ".parts") or not folder.is_dir():
                 continue
             for name, facts in storage.open_committed(str(folder)).files.items():
                 assert (folder / name).stat().st_size == facts["bytes"], folder / name
