@@ -1,46 +1,81 @@
-"""A plan as files: raw arrays that every loader worker maps into memory, numbers for people, a small picture.
+"""A plan as files: raw arrays that every loader worker maps into memory, numbers and a picture for people.
 
-Folder: `entries.npy`, `pack_offsets.npy`, `plan.json`, `fill.html`.
+Folder: `entries.npy` (12 bytes an entry), `pack_offsets.npy` (8 bytes a pack), `plan.json` (budgets, statistics),
+`left_out.jsonl` (one line for each branch that fits in no sequence), `fill.html`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import html
-import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from molmo2core.errors import DataError
 from molmo2core.packing.config import PackingConfig
+from molmo2core.packing.page import fill_page
 from molmo2core.packing.plan import ENTRY, PackPlan, PlannedPacks
-
-MAX_LISTED = 100
-"""Left-out branches that `plan.json` lists; all are counted."""
-BINS = 20
+from molmo2core.packing.statistics import PlanTally
 
 
-def write_plan(planned: PlannedPacks, proportions: Mapping[str, float], folder: Path) -> dict[str, Any]:
-    """Write the folder; return its statistics, as in `plan.json`."""
-    _save(folder / "entries.npy", planned.plan.entries)
-    _save(folder / "pack_offsets.npy", planned.plan.pack_offsets)
-    statistics = plan_statistics(planned, proportions)
-    content = {"packing": dataclasses.asdict(planned.plan.packing), "statistics": statistics}
+def write_plan(pieces: Iterable[PlannedPacks], proportions: Mapping[str, float], folder: Path) -> dict[str, Any]:
+    """Write the folder, holding one piece at a time; return its statistics, as in `plan.json`.
+
+    Args:
+        pieces: of `plan_windows`, at least one.
+        proportions: wanted share of draws of each dataset.
+        folder: exists.
+    """
+    tally = PlanTally()
+    num_entries = 0
+    with (
+        _growing(folder / "entries.npy", ENTRY) as add_entries,
+        _growing(folder / "pack_offsets.npy", np.dtype("<i8")) as add_offsets,
+    ):
+        add_offsets(np.zeros(1, np.int64))
+        for piece in pieces:
+            add_entries(piece.plan.entries)
+            add_offsets(num_entries + piece.plan.pack_offsets[1:])
+            num_entries += len(piece.plan.entries)
+            tally.add(piece)
+    statistics = tally.statistics(proportions)
+    content = {"packing": dataclasses.asdict(piece.plan.packing), "statistics": statistics}
     (folder / "plan.json").write_text(json.dumps(content, indent=1, sort_keys=True))
-    (folder / "fill.html").write_text(fill_page(planned, statistics))
+    lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in piece.left_out)
+    (folder / "left_out.jsonl").write_text("".join(lines))
+    (folder / "fill.html").write_text(fill_page(tally.counts, statistics, piece.plan.packing))
     return statistics
 
 
-def _save(path: Path, array: npt.NDArray[Any]) -> None:
-    """By way of memory: writing straight to a file, numpy does not say why a disk takes no more."""
-    content = io.BytesIO()
-    np.save(content, array, allow_pickle=False)
-    path.write_bytes(content.getbuffer())
+@contextmanager
+def _growing(path: Path, dtype: np.dtype[Any]) -> Iterator[Callable[[npt.NDArray[Any]], None]]:
+    """A function that appends arrays to the .npy file `path`.
+
+    Bytes, not `tofile`, because numpy does not say why a disk takes no more.
+    """
+    rows = 0
+    with path.open("wb") as file:
+
+        def append(array: npt.NDArray[Any]) -> None:
+            nonlocal rows
+            file.write(array.astype(dtype, copy=False).tobytes())
+            rows += len(array)
+
+        _write_header(file, dtype, 0)
+        yield append
+        file.seek(0)
+        _write_header(file, dtype, rows)
+
+
+def _write_header(file: IO[bytes], dtype: np.dtype[Any], rows: int) -> None:
+    """numpy leaves room for any number of rows: headers of one dtype are equally long."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}  # type: ignore[no-untyped-call]
+    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
 
 
 def read_plan(folder: Path) -> PackPlan:
@@ -58,56 +93,3 @@ def read_plan(folder: Path) -> PackPlan:
     if entries.dtype != ENTRY or pack_offsets[-1] != len(entries):
         raise DataError(str(folder), found=f"{entries.dtype}, {pack_offsets[-1]} entries of {len(entries)}")
     return PackPlan(entries=entries, pack_offsets=pack_offsets, packing=packing)
-
-
-def plan_statistics(planned: PlannedPacks, proportions: Mapping[str, float]) -> dict[str, Any]:
-    """How full the packs are (bounds, not real lengths) and what was drawn."""
-    plan = planned.plan
-    packs = max(len(plan), 1)
-    draws = sum(planned.draws.values())
-    fill_tokens = float(planned.tokens.sum()) / (packs * plan.packing.sequence_tokens)
-    fill_crops = float(planned.crops.sum()) / (packs * max(plan.packing.crop_budget, 1))
-    branches = plan.entries["stop_branch"].astype(np.int64) - plan.entries["first_branch"]
-    return {
-        "packs": len(plan),
-        "examples": len(plan.entries),
-        "examples_per_pack": len(plan.entries) / packs,
-        "branches_per_pack": float(branches.sum()) / packs,
-        "token_fill": fill_tokens,
-        "crop_fill": fill_crops,
-        "binding_fill": max(fill_tokens, fill_crops),
-        "draws": {
-            name: {"draws": count, "share": count / max(draws, 1), "wanted": proportions[name]}
-            for name, count in planned.draws.items()
-        },
-        "num_left_out": len(planned.left_out),
-        "left_out": [dataclasses.asdict(item) for item in planned.left_out[:MAX_LISTED]],
-    }
-
-
-def fill_page(planned: PlannedPacks, statistics: Mapping[str, Any]) -> str:
-    """A page with one histogram for each budget; no script, no other file."""
-    packing = planned.plan.packing
-    histograms = "".join(
-        f"<h2>{html.escape(name)}: {statistics[key]:.1%} of {budget}</h2>{_histogram(used / max(budget, 1))}"
-        for name, key, used, budget in (
-            ("tokens", "token_fill", planned.tokens, packing.sequence_tokens),
-            ("crops", "crop_fill", planned.crops, packing.crop_budget),
-        )
-    )
-    return (
-        "<!doctype html><meta charset='utf-8'><title>Pack plan</title><style>body{font-family:sans-serif}</style>"
-        f"<h1>{statistics['packs']} packs, {statistics['examples_per_pack']:.2f} examples each</h1>{histograms}"
-    )
-
-
-def _histogram(fill: npt.NDArray[np.float64]) -> str:
-    """Bars over 0..100 % of a budget, as inline SVG."""
-    counts, _ = np.histogram(fill, bins=BINS, range=(0.0, 1.0))
-    highest = max(int(counts.max()), 1)
-    bars = "".join(
-        f"<rect x='{20 * n}' y='{100 - 100 * count / highest:.1f}' width='18' height='{100 * count / highest:.1f}'>"
-        f"<title>{n * 100 // BINS}-{(n + 1) * 100 // BINS} %: {count} packs</title></rect>"
-        for n, count in enumerate(counts.tolist())
-    )
-    return f"<svg width='{20 * BINS}' height='120' fill='#2a6'>{bars}<text y='116' fill='#000'>0-100 %</text></svg>"

@@ -15,7 +15,8 @@ import numpy as np
 
 from molmo2core import storage
 from molmo2core.errors import DataError, exit_with_message
-from molmo2core.packing.plan import PLANNER, DatasetLengths, plan_packs
+from molmo2core.packing.entries import DatasetLengths
+from molmo2core.packing.plan import PLANNER, plan_windows
 from molmo2core.packing.plan_files import write_plan
 from molmo2core.preprocessing.config import STYLES
 from molmo2core.preprocessing.lengths import root_bound
@@ -52,8 +53,8 @@ def run(section: PlanSection, *, shards: Sequence[Path], output: Path) -> StageR
 
     def fill(folder: Path) -> dict[str, Any]:
         datasets = [dataset_lengths(ref, proportions[ref.dataset], section) for ref in parents]
-        planned = plan_packs(datasets, packing=section.packing, num_packs=section.num_packs, seed=section.seed)
-        return {"statistics": write_plan(planned, proportions, folder)}
+        windows = plan_windows(datasets, packing=section.packing, num_packs=section.num_packs, seed=section.seed)
+        return {"statistics": write_plan(windows, proportions, folder)}
 
     folder = storage.commit_folder(uri, fill)
     statistics = folder.meta["statistics"]
@@ -63,7 +64,7 @@ def run(section: PlanSection, *, shards: Sequence[Path], output: Path) -> StageR
         stage=f"plan_packs.{section.stage}",
         seconds=seconds,
         reused=reused,
-        metrics={name: float(value) for name, value in statistics.items() if isinstance(value, int | float)},
+        metrics=_metrics(statistics),
         lines=lines,
     )
     write_reference(
@@ -138,22 +139,33 @@ def _check_together(parents: Sequence[ShardsRef]) -> None:
         )
 
 
+def _metrics(statistics: dict[str, Any]) -> dict[str, float]:
+    """Scalars: totals and means, then `tokens_per_pack_p5` and so on."""
+    totals = {name: float(value) for name, value in statistics.items() if isinstance(value, int | float)}
+    return totals | {
+        f"{quantity}_per_pack_{name}": float(value)
+        for quantity, values in statistics["per_pack"].items()
+        for name, value in values.items()
+        if name != "mean"
+    }
+
+
 def _lines(section: PlanSection, statistics: dict[str, Any]) -> tuple[str, ...]:
     draws = ", ".join(
-        f"{name} {facts['share']:.1%} ({facts['draws']} draws)"
+        f"{name} {facts['share']:.1%} ({facts['draws']} draws, {facts['epochs']:.2f} epochs)"
         for name, facts in statistics["draws"].items()
         if facts["draws"]
     )
     lines = [
         f"{section.stage}: {statistics['packs']} packs of {section.packing.sequence_tokens} tokens and "
         f"{section.packing.crop_budget} crops, {statistics['examples_per_pack']:.2f} examples and "
-        f"{statistics['branches_per_pack']:.1f} branches each",
-        f"{section.stage}: {statistics['token_fill']:.1%} of tokens and {statistics['crop_fill']:.1%} of crops used",
+        f"{statistics['branches_per_pack']:.1f} branches each, {statistics['token_fill']:.1%} of tokens and "
+        f"{statistics['crop_fill']:.1%} of crops used, {statistics['bound_reached']:.1%} of the bound",
         f"{section.stage}: {draws}",
     ]
     if statistics["num_left_out"]:
         lines.append(
-            f"{section.stage}: {statistics['num_left_out']} branches fit in no sequence (plan.json lists them)"
+            f"{section.stage}: {statistics['num_left_out']} branches fit in no sequence (left_out.jsonl names them)"
         )
     return tuple(lines)
 

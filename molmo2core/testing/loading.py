@@ -53,7 +53,7 @@ def write_loading_data(folder: Path) -> None:
     refs = [write_tiny_shards(part, str(folder)) for part in (examples[:NUM_IMAGES], examples[NUM_IMAGES:])]
     planned = plan_of_refs(refs, SHARES, packing=PACKING, num_packs=PACKS, geometry=GEOMETRY, limits=LIMITS)
     (folder / "plan").mkdir()
-    facts = write_plan(planned, SHARES, folder / "plan")
+    facts = write_plan([planned], SHARES, folder / "plan")
     reference = PackPlanRef(uri="", digest="f1", stage="sft", num_packs=PACKS, facts=facts, parents=tuple(refs))
     write_reference(reference, folder / "reference.json")
 

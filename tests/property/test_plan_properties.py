@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molmo2core.packing.config import PackingConfig
-from molmo2core.packing.plan import DatasetLengths, PlannedPacks, plan_packs
+from molmo2core.packing.draws import Draws
+from molmo2core.packing.entries import DatasetLengths, build_entries
+from molmo2core.packing.plan import PlannedPacks, plan_packs, plan_windows
+from molmo2core.packing.window import pack_window
 
 TOKENS, CROPS = 64, 6
 Tree = tuple[int, int, list[int]]
@@ -68,9 +72,11 @@ def test_every_plan_keeps_budgets_epochs_and_shares(
         assert crops <= CROPS
 
     check_epochs(planned, datasets)
-    num_draws = sum(planned.draws.values())
-    for dataset in datasets:
-        assert abs(planned.draws[dataset.dataset] - dataset.proportion * num_draws) <= len(datasets)
+    drawn = Counter(dict.fromkeys(planned.draws, 0))
+    for piece in plan_windows(datasets, packing=packing, num_packs=num_packs, seed=seed):
+        drawn.update(piece.draws)
+        for dataset in datasets:
+            assert abs(drawn[dataset.dataset] - dataset.proportion * drawn.total()) <= 1
 
 
 def check_epochs(planned: PlannedPacks, datasets: list[DatasetLengths]) -> None:
@@ -98,3 +104,72 @@ def check_epochs(planned: PlannedPacks, datasets: list[DatasetLengths]) -> None:
         incomplete = [draw for draw in draws if sum(seen[(*draw, b)] for b in range(10)) < num_branches[draw[1]]]
         assert missing == 0 or len(incomplete) == 1
         first += len(dataset)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    trees=st.lists(TREES, min_size=2, max_size=4),
+    order=st.randoms(use_true_random=False),
+    num_packs=st.integers(1, 30),
+    seed=st.integers(0, 1000),
+)
+def test_order_of_datasets_and_those_switched_off_change_nothing(
+    trees: list[list[Tree]], order: random.Random, num_packs: int, seed: int
+) -> None:
+    """Catches shuffles seeded by a dataset's place: a dataset more would silently change all the others' order."""
+    packing = PackingConfig(sequence_tokens=TOKENS, crop_budget=CROPS, window=16)
+    datasets = [build(f"d{n}", rows, 1 / len(trees)) for n, rows in enumerate(trees)]
+    moved = [*datasets, build("off", trees[0], 0.0)]
+    order.shuffle(moved)
+
+    def named(given: list[DatasetLengths]) -> tuple[list[tuple[str, int, int, int]], list[int]]:
+        plan = plan_packs(given, packing=packing, num_packs=num_packs, seed=seed).plan
+        uids = [uid for lengths in given for uid in lengths.uids]
+        entries = [
+            (uids[entry["sample"]], int(entry["first_branch"]), int(entry["stop_branch"]), int(entry["epoch"]))
+            for entry in plan.entries
+        ]
+        return entries, plan.pack_offsets.tolist()
+
+    assert named(moved) == named(datasets)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    weights=st.lists(st.floats(1e-3, 1), min_size=1, max_size=20),
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+)
+def test_every_prefix_is_within_one_draw_of_the_shares(weights: list[float], counts: list[int]) -> None:
+    """Catches shares that are right at the end only, for any sizes of windows; draws given back; draws lost."""
+    datasets = [build(f"d{n}", [(1, 0, [1])] * 3, weight / sum(weights)) for n, weight in enumerate(weights)]
+    draws = Draws(datasets, build_entries(datasets, PackingConfig(sequence_tokens=4, crop_budget=1)), seed=0)
+    taken: Counter[str] = Counter()
+    for count in counts:
+        samples, _ = draws.peek(count)
+        given_now = draws.take(count)
+        by_dataset = Counter(f"d{sample // 3}" for sample in samples.tolist())
+        assert {name: drawn for name, drawn in given_now.items() if drawn} == dict(by_dataset)
+        taken.update(given_now)
+        for dataset in datasets:
+            assert abs(taken[dataset.dataset] - dataset.proportion * taken.total()) <= 1 + 1e-6
+    assert taken.total() == sum(counts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    largest=st.sampled_from([1, 3, 40, 100]),
+    count=st.integers(1, 400),
+    crops=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_window_is_packed_within_budgets(largest: int, count: int, crops: bool, seed: int) -> None:
+    """Catches an entry that is lost or taken twice, empty packs, overfull ones, and hundreds where a few would do."""
+    rng = np.random.default_rng(seed)
+    tokens, many = rng.integers(1, largest + 1, count), rng.integers(0, 9, count) * crops
+    pack = pack_window(tokens, many, PackingConfig(sequence_tokens=100, crop_budget=8), rng)
+    held = np.bincount(pack, minlength=0)
+    assert len(pack) == count
+    assert held.min() >= 1
+    assert np.bincount(pack, tokens).max() <= 100
+    assert np.bincount(pack, many).max() <= 8
+    assert len(held) <= 1 + 2 * (tokens.sum() / 100 + many.sum() / 8)

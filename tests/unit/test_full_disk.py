@@ -41,8 +41,10 @@ def weights(folder: Path) -> None:
 def plan(folder: Path) -> None:
     entries, offsets = np.zeros(10_000, ENTRY), np.array([0, 10_000])
     packs = PackPlan(entries=entries, pack_offsets=offsets, packing=PackingConfig(sequence_tokens=8, crop_budget=1))
-    planned = PlannedPacks(plan=packs, tokens=np.array([8]), crops=np.array([0]), draws={"d": 10_000}, left_out=())
-    write_plan(planned, {"d": 1.0}, folder)
+    planned = PlannedPacks(
+        plan=packs, tokens=np.array([8]), crops=np.array([0]), draws={"d": 10_000}, num_samples={"d": 9}, left_out=()
+    )
+    write_plan([planned], {"d": 1.0}, folder)
 
 
 def data_docs(folder: Path) -> None:

@@ -9,8 +9,8 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
 from molmo2core import storage
@@ -335,14 +335,13 @@ def test_unwritable_workspace_is_a_platform_error(workspace: Workspace, tmp_path
     if not full.exists():
         pytest.skip("no /dev/full here")
     section = dataclasses.replace(workspace.plan_section(), workspace=str(tmp_path / "other"))
-    original = np.save
+    original = Path.open
 
-    def save(path: Path, *arguments: object, **options: object) -> None:
-        with full.open("wb", buffering=0) as device:
-            original(device, *arguments, **options)
+    def open_full(path: Path, *arguments: Any, **options: Any) -> Any:
+        return original(full if path.name == "entries.npy" else path, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(np, "save", save)
+        patch.setattr(Path, "open", open_full)
         with pytest.raises(PlatformError, match="No space left on device"):
             plan.run(section, shards=outputs, output=tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()
