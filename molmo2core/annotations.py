@@ -83,7 +83,7 @@ class Caption:
     task: Literal["image_caption", "video_caption"]
     text: str
     kind: CaptionKind = "long"
-    """`transcript`: as spoken.  For videos only: `merged` (of clip captions), `motion`, `object` (what `label` does)."""
+    """`transcript`: as spoken.  Videos only: `merged` (of clip captions), `motion`, `object` (what `label` does)."""
     label: str = ""
     """The object of kind `object`."""
     start: float | None = None

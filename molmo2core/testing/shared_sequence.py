@@ -10,8 +10,8 @@ from torch import nn
 
 from molmo2core.model.attention import AttentionMask
 from molmo2core.model.config import ModelConfig
-from molmo2core.model.loss import weighted_loss
 from molmo2core.model.initialization import build_model
+from molmo2core.model.loss import weighted_loss
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.parallel.context_parallel import apply_context_parallel
 from molmo2core.testing.tiny_model import tiny_config

@@ -80,7 +80,9 @@ annotations = st.one_of(
     st.builds(
         Conversation,
         task=task_of(Conversation),
-        turns=st.lists(st.builds(Turn, role=st.sampled_from(["system", "user", "assistant"]), text=texts), max_size=3).map(tuple),
+        turns=st.lists(
+            st.builds(Turn, role=st.sampled_from(["system", "user", "assistant"]), text=texts), max_size=3
+        ).map(tuple),
     ),
 )
 
