@@ -95,7 +95,7 @@ def test_a_dummy_crop_reaches_every_vision_parameter_with_zero_gradient(model: M
 
 def test_plain_text_stays_plain_causal(model: Molmo2) -> None:
     """Would catch a dummy crop, or a root with its one branch, that keeps flash-attn from every batch of training."""
-    maker = MicrobatchMaker(im_patch_id=model.im_patch_id, dropout=NO_DROPOUT, context_size=3)
+    maker = MicrobatchMaker(im_patch_id=model.im_patch_id, dropout=NO_DROPOUT, context_size=2)
     batch = maker.make([random_pack(model.config, seed, tokens=43, images=0, branches=1) for seed in (1, 2)])
     assert batch["is_visual"].any() and (batch["subsegment_ids"] == PADDING).any()
     assert AttentionMask(batch["subsegment_ids"], batch["is_visual"]).is_plain_causal
