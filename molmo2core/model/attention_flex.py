@@ -118,7 +118,9 @@ def _as_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention)
+    # Lengths make at most four graphs for each dtype with or without gradients, of torch's eight.  Beyond these it
+    # would go on uncompiled, which holds all scores (174 GB for one layer of 36,864 tokens): `fullgraph` is an error.
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 def _uncompiled() -> Any:

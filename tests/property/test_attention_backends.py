@@ -91,9 +91,12 @@ def test_flex_values(packs: list[AttentionMask]) -> None:
     assert difference.abs().max() <= 1e-5
 
 
-@pytest.mark.skipif(
+compiles_on_a_cpu = pytest.mark.skipif(
     TorchVersion(torch.__version__) < "2.11", reason="torch 2.7 generates C++ for this that does not compile"
 )
+
+
+@compiles_on_a_cpu
 @torch.no_grad()
 def test_compiled_flex_values() -> None:
     """The kernel that walks the lists of blocks, on a CPU, where newer torch can (`make test-torch`)."""
@@ -104,6 +107,21 @@ def test_compiled_flex_values() -> None:
         found = attention_flex._compiled()(query, key, value, block_mask=mask.block_mask, enable_gqa=True)
         real = (mask.subsegment_ids != PADDING)[..., None, None]
         assert ((found.transpose(1, 2) - by_the_rule(*inputs, mask)) * real).abs().max() <= 1e-5
+
+
+@compiles_on_a_cpu
+@torch.no_grad()
+def test_compiling_too_often_is_an_error() -> None:
+    """torch would go on with the unfused kernel and only warn, until a long sequence's scores do not fit."""
+    torch.compiler.reset()
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit),
+    ):
+        for length in (100, 300):
+            pack = random_pack(np.random.default_rng(0), max_tokens=length)
+            inputs = (x.transpose(1, 2) for x in tensors(1, pack.subsegment_ids.shape[1], torch.float32))
+            attention_flex._compiled()(*inputs, block_mask=pack.block_mask, enable_gqa=True)
 
 
 @settings(max_examples=100, deadline=None)
