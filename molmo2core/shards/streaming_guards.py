@@ -140,16 +140,14 @@ class GuardedStreamingDataset(StreamingDataset):  # type: ignore[misc]  # untype
                 found=f"WORLD_SIZE is {get_world_size()}, but there is no process group",
                 mend="call torch.distributed.init_process_group before building readers",
             )
-        made: list[SharedMemory] = []
+        opened: list[SharedMemory] = []
         try:
-            with _names_of_its_own(), _shared_memory_collected_in(made):
+            with _names_of_its_own(), _shared_memory_collected_in(opened):
                 super().__init__(streams=list(streams), shuffle=False, num_canonical_nodes=1, batch_size=1)
         except BaseException:
-            _release(made, os.getpid())
+            _release(opened, os.getpid())
             raise
-        arrays = (self._shared_barrier._arr, self._next_epoch.arr, self._cache_usage.arr)
-        owned = [self._locals_shm, *(array.shm for array in (*arrays, self._shard_states, self._shard_access_times))]
-        weakref.finalize(self, _release, owned, os.getpid())
+        weakref.finalize(self, _release, opened, os.getpid())
         if self._unique_rank_world.is_local_leader:
             locks = Path(self._cache_filelock_path), Path(self._shared_barrier.filelock_path)
             weakref.finalize(self, _remove_locks, locks, os.getpid())
@@ -206,15 +204,10 @@ def _names_of_its_own() -> Iterator[None]:
 
 
 @contextmanager
-def _shared_memory_collected_in(made: list[SharedMemory]) -> Iterator[None]:
-    """Note the shared memory that streaming makes instead of keeping all that it opens until the process ends."""
-
-    def note(cleanup: Any) -> None:
-        if cleanup.__self__.created_shms:  # what was only opened is closed when nothing refers to it
-            made.append(cleanup.__self__)
-
+def _shared_memory_collected_in(opened: list[SharedMemory]) -> Iterator[None]:
+    """Note the shared memory that streaming would keep open until the process ends, instead of keeping it."""
     original = memory_module.atexit
-    memory_module.atexit = SimpleNamespace(register=note)
+    memory_module.atexit = SimpleNamespace(register=lambda cleanup: opened.append(cleanup.__self__))
     try:
         yield
     finally:
