@@ -75,6 +75,13 @@ def _check_numbers(stage: StageRecipe, place: str) -> None:
         _require(value >= 1, place, f"packing.{name} {value}", "1 or more")
     _check_limits(stage.preprocessing, place)
     _require(stage.precision in ("fp32", "amp_bf16"), place, f"precision {stage.precision!r}", "fp32 or amp_bf16")
+    _require(
+        stage.attention != "flash" or stage.precision == "amp_bf16",
+        place,
+        f"attention 'flash' with precision {stage.precision!r}",
+        "amp_bf16, since flash-attn takes half precision alone",
+        "set precision to amp_bf16, or attention to auto",
+    )
     for name in ("residual", "response_residual"):
         value = getattr(stage.dropout, name)
         _require(0 <= value < 1, place, f"dropout.{name} {value}", "a share, 0 <= p < 1")
