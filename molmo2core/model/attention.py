@@ -43,7 +43,7 @@ class AttentionMask:
 
     Args:
         subsegment_ids: int64 [B, S]; document * DOCUMENT + (ROOT or branch), ascending documents and branches in a
-            row; PADDING, which nobody sees, anywhere.  What padding itself attends to is left to the backend.
+            row; PADDING, which nobody sees, between documents.  What padding itself attends to is left to the backend.
         is_visual: bool [B, S].
     """
 
