@@ -39,9 +39,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, list[d
         (one, other, places[other][0][0])
         for one in places
         for other in places
-        if places[one][0] == (1, 0)
-        and places[other][0][1] == 1
-        and places[other][0][0] > 1
+        if places[one][0][0] == 1 < places[other][0][0]
+        and places[one][0][1] != places[other][0][1]
         and (len(places[one]) == 1 or places[one][1][0] > places[other][0][0])
     )
     config = training_config(steps=STEPS, global_batch_packs=GLOBAL_BATCH, num_processes=2, save_interval_steps=1)
