@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 from composer import Callback, Trainer
 from torch import distributed
 
 from molmo2core.errors import DataError, Molmo2Error
 from molmo2core.examples import Example, TokenizedExample
 from molmo2core.loading import deviations
+from molmo2core.packing.config import PackingConfig
+from molmo2core.packing.plan import ENTRY, PackPlan
 from molmo2core.preprocessing.preprocessor import Preprocessor
-from molmo2core.testing.loading import PACKING, PREPROCESSOR, open_loading_data, pack_hashes, tiny_loader
+from molmo2core.testing.loading import (
+    NUM_IMAGES,
+    PACKING,
+    PACKS,
+    PREPROCESSOR,
+    loading_examples,
+    open_loading_data,
+    pack_hashes,
+    tiny_loader,
+)
 from molmo2core.testing.tiny_model import tiny_model
 from molmo2core.testing.training_ranks import signal_after
 from molmo2core.training import trainer
@@ -89,6 +102,18 @@ def _callback_added(callback: Callback) -> Iterator[None]:
         yield
 
 
+def plan_with(places: dict[int, list[int]], packing: PackingConfig) -> PackPlan:
+    """Two whole images in each pack, those of `places` in these packs and nowhere else."""
+    others = itertools.cycle(sample for sample in range(1, NUM_IMAGES) if sample not in places)
+    samples = [
+        [*(sample for sample, packs in places.items() if pack in packs), next(others), next(others)][:2]
+        for pack in range(PACKS)
+    ]
+    branches = [len(example.annotations) for example in loading_examples()]
+    entries = np.array([(sample, 0, branches[sample], 0) for pair in samples for sample in pair], ENTRY)
+    return PackPlan(entries=entries, pack_offsets=np.arange(0, 2 * PACKS + 1, 2), packing=packing)
+
+
 class BreakingPreprocessor(Preprocessor):
     """Media of some uids do not decode."""
 
@@ -108,10 +133,16 @@ def breaking_preprocessor(broken: Collection[str]) -> Preprocessor:
 
 
 def train_with_broken_media(
-    data_folder: Path, folder: Path, broken: Sequence[str], config: TrainingConfig
+    data_folder: Path, folder: Path, places: dict[int, list[int]], config: TrainingConfig
 ) -> dict[str, str]:
-    """On two ranks: undisturbed; stopped after step 1 and gone on; and both with one broken medium borne at most."""
+    """On two ranks: undisturbed; stopped after step 1 and gone on; and both with one broken medium borne at most.
+
+    Args:
+        places: samples that do not decode -> packs that they stand in.
+    """
     data = open_loading_data(data_folder)
+    data = replace(data, plan=plan_with(places, data.plan.packing))
+    broken = [data.reader.example(sample).uid for sample in places]
 
     def train(name: str) -> str:
         device, group, _ = trainer.start_ranks(config)
