@@ -22,7 +22,7 @@ from molmo2core.model.loss import weighted_loss
 from molmo2core.packing.config import PackingConfig
 from molmo2core.testing.tiny_model import tiny_model
 from molmo2core.testing.training import pack_loader, training_config
-from molmo2core.training import trainer
+from molmo2core.training import batches, trainer
 from molmo2core.training.config import TrainingConfig
 from molmo2core.training.microbatch import MicrobatchMaker
 from molmo2core.training.optimizer import build_optimizer
@@ -32,7 +32,7 @@ def trained_seconds(config: TrainingConfig, tokens: int, merged_tokens: int) -> 
     """Median seconds of a step under Composer, with passes of at most `merged_tokens`."""
     device, _, _ = trainer.start_ranks(config)
     model = tiny_model()
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(trainer, "MERGED_TOKENS", merged_tokens):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(batches, "MERGED_TOKENS", merged_tokens):
         metrics = Path(folder) / "metrics.jsonl"
         trainer.train(
             model,

@@ -9,54 +9,42 @@ Everything needed to go on after a kill is in the run's folder.
 
 from __future__ import annotations
 
-import errno
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from composer import DataSpec, Time, Trainer
+from composer import Time, Trainer
 from composer.devices import Device, DeviceCPU, DeviceGPU
 from composer.utils import dist
-from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 
 from molmo2core.errors import PlatformError, RecipeError
 from molmo2core.examples import Batch
 from molmo2core.loading.dataloader import worker_errors
-from molmo2core.model.backends import select_attention
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.packing.config import PackingConfig
-from molmo2core.parallel.context_parallel import apply_context_parallel
-from molmo2core.parallel.mesh import build_mesh
-from molmo2core.training.callbacks.data_record import DataRecord, DataSource
-from molmo2core.training.callbacks.finite_loss import FiniteLoss
+from molmo2core.training.batches import data_spec, packs_per_microbatch
 from molmo2core.training.callbacks.graceful_stop import GracefulStop
 from molmo2core.training.callbacks.group_clipping import GroupClipping
 from molmo2core.training.callbacks.group_learning_rates import GroupLearningRates
-from molmo2core.training.callbacks.metrics_file import MetricsFile
+from molmo2core.training.checkpointing import checkpoint_arguments, checkpoint_to_load, disk_errors
 from molmo2core.training.composer_guards import (
     RestoreRandomState,
     average_gradients_on_gloo,
     check_fsdp2,
-    delete_other_checkpoints,
     name_the_processor_without_probing,
-    newest_checkpoint,
 )
 from molmo2core.training.composer_model import TrainedMolmo2
 from molmo2core.training.config import TrainingConfig
-from molmo2core.training.microbatch import MicrobatchMaker, NoCopy
 from molmo2core.training.optimizer import build_optimizer
+from molmo2core.training.placement import place_model, sharding
+from molmo2core.training.watching import watching_callbacks
 
-CHECKPOINTS_KEPT = 2
-MERGED_TOKENS = 8192
-"""On a CPU, packs are merged into passes of at most this many tokens."""
 _TIMEOUT_SECONDS = 1800.0
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def start_ranks(config: TrainingConfig) -> tuple[Device, int, int]:
@@ -134,7 +122,7 @@ def train(
     )
     try:
         if trainer.state.timestamp.batch < config.steps:  # killed after the last step: only the weights are wanted
-            with _disk_errors(folder), worker_errors():
+            with disk_errors(folder), worker_errors():
                 trainer.fit()
         step = int(trainer.state.timestamp.batch.value)
         if stop.stopped and step < config.steps:
@@ -170,118 +158,46 @@ def build_trainer(
     context_rank = dist.get_global_rank() % config.context_parallel
     if ranks > 1 and isinstance(device, DeviceCPU):
         average_gradients_on_gloo()
-    kind = "cuda" if isinstance(device, DeviceGPU) else "cpu"
-    select_attention(model, config.attention, torch.device(kind))
-    if config.context_parallel > 1:
-        mesh = build_mesh(ranks, config.context_parallel, kind)
-        apply_context_parallel(model, mesh.get_group("cp"))
-    checkpoint = newest_checkpoint(folder)
-    dist.barrier()  # all have looked before rank 0 tidies up
-    if dist.get_global_rank() == 0:
-        delete_other_checkpoints(folder, checkpoint)
-    if checkpoint is None and resume_from is not None:
-        checkpoint = newest_checkpoint(resume_from)
+    place_model(model, config, "cuda" if isinstance(device, DeviceGPU) else "cpu")
+    checkpoint = checkpoint_to_load(folder, resume_from)
     clipping = GroupClipping(config.optimizer.clip_norm)
-    data = DataRecord(metrics, source=cast(DataSource, loader.dataset), packing=packing, counts=context_rank == 0)
     restore = RestoreRandomState()
     model.train()
     trainer = Trainer(
         model=TrainedMolmo2(model, z_coefficient=config.z_loss),
-        train_dataloader=_data_spec(loader, model, config, context_rank),
+        train_dataloader=data_spec(loader, model, config, context_rank),
         max_duration=Time.from_batch(config.steps),
         optimizers=build_optimizer(model, config.optimizer),
         algorithms=[clipping],
         callbacks=[
             GroupLearningRates(config.optimizer, config.steps),
             restore,
-            FiniteLoss(),
-            data,
-            MetricsFile(
-                metrics,
-                clipping=clipping,
-                data=data,
-                steps=config.steps,
-                print_interval=config.log_interval_steps,
+            *watching_callbacks(
+                config,
+                metrics=metrics,
                 name=name,
+                loader=loader,
+                packing=packing,
+                clipping=clipping,
+                counts=context_rank == 0,
             ),
             stop,
         ],
         device=device,
         precision=config.precision,
-        device_train_microbatch_size=_packs_per_microbatch(config, device, packing.sequence_tokens),
+        device_train_microbatch_size=packs_per_microbatch(config, device, packing.sequence_tokens),
         accumulate_train_batch_on_tokens=True,
-        parallelism_config=_sharding(ranks, checkpoint),
+        parallelism_config=sharding(ranks, checkpoint),
         seed=seed,
         dist_timeout=_TIMEOUT_SECONDS,
         run_name=name,
         progress_bar=False,
-        load_path=str(checkpoint) if checkpoint else None,
-        load_progress_bar=False,
-        save_folder=str(folder),
-        save_filename="ba{batch}-rank{rank}.pt",
-        save_latest_filename=None,
-        save_interval=Time.from_batch(config.save_interval_steps),
-        save_num_checkpoints_to_keep=CHECKPOINTS_KEPT,
-        save_overwrite=True,
+        **checkpoint_arguments(config, folder, checkpoint),
     )
     restore.trainer = trainer
-    if _sharding(ranks, checkpoint) is not None:
+    if sharding(ranks, checkpoint) is not None:
         check_fsdp2(trainer.state)
     return trainer
-
-
-def _sharding(ranks: int, checkpoint: Path | None) -> ParallelismConfig | None:
-    """FSDP2 over several ranks; or in the form that `checkpoint`, perhaps of another number of ranks, was saved in.
-
-    Composer loads a file into whole state dicts only, and a folder of shards into sharded ones only.
-    """
-    if ranks == 1 and (checkpoint is None or checkpoint.is_file()):
-        return None
-    is_whole = checkpoint is not None and checkpoint.is_file()
-    return ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full" if is_whole else "sharded"))
-
-
-def _data_spec(loader: DataLoader[Batch], model: Molmo2, config: TrainingConfig, context_rank: int) -> DataSpec:
-    maker = MicrobatchMaker(
-        im_patch_id=model.im_patch_id,
-        dropout=config.dropout,
-        context_rank=context_rank,
-        context_size=config.context_parallel,
-    )
-    counts = int(context_rank == 0)  # of ranks that share packs, one counts them
-
-    def num_tokens(batch: Mapping[str, Any]) -> dict[str, int | float]:
-        return {"total": counts * batch.get("num_tokens", 0), "loss_generating": batch["loss_weight"]}
-
-    return DataSpec(
-        loader,
-        split_batch=maker.split,
-        microbatch_transforms=NoCopy,
-        get_num_samples_in_batch=lambda batch: counts * len(batch["packs"]),
-        get_num_tokens_in_batch=num_tokens,
-    )
-
-
-def _packs_per_microbatch(config: TrainingConfig, device: Device, sequence_tokens: int) -> int:
-    """One on a GPU; on a CPU as many of this rank's packs as MERGED_TOKENS hold, the same on all ranks."""
-    if not isinstance(device, DeviceCPU):
-        return 1
-    packs = config.global_batch_packs // config.data_parallel
-    return max(1, min(packs, MERGED_TOKENS // sequence_tokens))
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch's writer reports a short write as a RuntimeError of its own, after the OSError that tells why.
-        causes = [error, error.__context__]
-        if not any(isinstance(cause, OSError) and cause.errno in _CANNOT_WRITE for cause in causes):
-            raise
-        raise PlatformError(
-            str(folder), found=f"cannot write a checkpoint: {causes[-1] or error}", mend="free space and run it again"
-        ) from error
 
 
 def _without_prefix(weights: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,44 @@
+"""Everything that looks at training while it runs, in the order in which it looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from composer import Callback
+from torch.utils.data import DataLoader
+
+from molmo2core.examples import Batch
+from molmo2core.packing.config import PackingConfig
+from molmo2core.training.callbacks.data_record import DataRecord, DataSource
+from molmo2core.training.callbacks.finite_loss import FiniteLoss
+from molmo2core.training.callbacks.group_clipping import GroupClipping
+from molmo2core.training.callbacks.metrics_file import MetricsFile
+from molmo2core.training.config import TrainingConfig
+
+
+def watching_callbacks(
+    config: TrainingConfig,
+    *,
+    metrics: Path,
+    name: str,
+    loader: DataLoader[Batch],
+    packing: PackingConfig,
+    clipping: GroupClipping,
+    counts: bool,
+) -> list[Callback]:
+    """Guards first, so that what they refuse is not written as a metric of a good step.
+
+    Args:
+        counts: whether this rank's batch counts; ranks that share sequences see the same batch.
+    """
+    data = DataRecord(metrics, source=cast(DataSource, loader.dataset), packing=packing, counts=counts)
+    file = MetricsFile(
+        metrics,
+        clipping=clipping,
+        data=data,
+        steps=config.steps,
+        print_interval=config.log_interval_steps,
+        name=name,
+    )
+    return [FiniteLoss(), data, file]
