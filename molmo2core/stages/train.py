@@ -36,7 +36,7 @@ from molmo2core.stages.train_rank import METRICS, WEIGHTS
 from molmo2core.stages.train_resume import exclusive, resume_folder, taken_up
 from molmo2core.stages.train_tracking import following
 
-FORMAT = 4
+FORMAT = 5
 """Version of what training computes: part of the key."""
 _NOT_THE_RESULT = ("workspace", "run_name", "recipe_fingerprint", "tracking")
 _NOT_THE_TRAINED_RESULT = ("save_interval_steps", "loader_workers", "log_interval_steps")
