@@ -81,6 +81,8 @@ class _Follower(threading.Thread):
         ) as run:
             run.log_params(flatten(section.training) | {"seed": section.seed, "stage": section.stage})
             for reference in self.inputs:
+                if isinstance(reference, PackPlanRef):
+                    run.log_metrics(plan_metrics(reference))
                 for shards in reference.parents if isinstance(reference, PackPlanRef) else ():
                     if isinstance(shards, ShardsRef):
                         run.log_dataset(shards.dataset, shards.digest, shards.uri, "training")
@@ -122,6 +124,12 @@ class _Follower(threading.Thread):
         ]
         if changed:
             run.set_tags({"data_changed": "; ".join(changed)[:_TAG_CHARACTERS]})
+
+
+def plan_metrics(plan: PackPlanRef) -> dict[str, float]:
+    """`plan/examples_per_pack`, `plan/token_fill` and so on, from the report of the stage that made the plan."""
+    metrics: dict[str, float] = plan.report.get("metrics", {})
+    return {f"plan/{name}": value for name, value in metrics.items()}
 
 
 class GrowingLines:

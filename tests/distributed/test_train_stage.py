@@ -184,6 +184,10 @@ def test_the_curve_is_in_mlflow(trained: tuple[Path, CheckpointRef]) -> None:
     assert measured <= run.data.metrics.keys()
     assert 0.3 < run.data.metrics["fill/tokens"] <= 1
     assert run.data.metrics["drawn/mixed"] == 1.0
+    planned = read_reference(workspace / "plan.json", PackPlanRef).facts
+    for name in ("packs", "examples_per_pack", "branches_per_pack", "token_fill", "crop_fill", "bound_reached"):
+        assert run.data.metrics[f"plan/{name}"] == pytest.approx(planned[name]), name
+    assert run.data.metrics["plan/tokens_per_pack_p50"] == planned["per_pack"]["tokens"]["p50"]
     assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["mixed"]
 
 
