@@ -8,7 +8,7 @@ from composer.models import ComposerModel
 from torch import Tensor
 
 from molmo2core.model.attention import AttentionMask
-from molmo2core.model.loss import weighted_loss
+from molmo2core.model.loss import LossParts, weighted_loss
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.parallel.fsdp import is_fsdp_unit
 
@@ -28,6 +28,8 @@ class TrainedMolmo2(ComposerModel):  # type: ignore[misc]
         self.model = model
         self.model.fsdp_wrap_fn = is_fsdp_unit  # type: ignore[assignment]
         self.z_coefficient = z_coefficient
+        self.parts: LossParts | None = None
+        """Of the last microbatch, all detached: what callbacks log after the event AFTER_LOSS."""
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Hidden states [1, N, W] of this rank's share of the sequence."""
@@ -50,6 +52,7 @@ class TrainedMolmo2(ComposerModel):  # type: ignore[misc]
             batch["loss_weights"],
             self.z_coefficient,
         )
+        self.parts = LossParts(*(part.detach() for part in parts))
         weight = max(batch["loss_weight"], _SMALLEST_WEIGHT)
         cross_entropy, z = parts.cross_entropy / weight, parts.z / weight
         return {"total": cross_entropy + z, "cross_entropy": cross_entropy, "z": z}
