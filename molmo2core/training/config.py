@@ -33,12 +33,22 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutConfig:
-    """Residual dropout in the decoder, in its intended meaning (training_and_evaluation.md 1.6)."""
+    """Dropout of what each decoder block adds to the residual stream (training_and_evaluation.md 1.6)."""
 
     residual: float = 0.0
     """On tokens that predict nothing."""
     response_residual: float = 0.0
     """On tokens that predict a response token."""
+    official_compat: bool = False
+    """Do as the published code: a `response_residual` of 0 does not spare responses, `residual` drops on every token."""
+
+    @property
+    def on_responses(self) -> float:
+        """What tokens that predict a response token get.
+
+        The published code asks for its masked branch only when `response_residual` is above 0.
+        """
+        return self.residual if self.official_compat and not self.response_residual else self.response_residual
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,10 +90,9 @@ class MicrobatchMaker:
 
     def _token_dropout(self, loss_weights: torch.Tensor) -> torch.Tensor | None:
         dropout = self.dropout
-        if not dropout.residual and not dropout.response_residual:
+        if not dropout.residual and not dropout.on_responses:
             return None
-        predicts = loss_weights > 0
-        return torch.where(predicts, dropout.response_residual, dropout.residual)[None]
+        return torch.where(loss_weights > 0, dropout.on_responses, dropout.residual)[None]
 
 
 def merge_packs(packs: Sequence[Pack]) -> Pack:
