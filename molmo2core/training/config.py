@@ -40,7 +40,7 @@ class DropoutConfig:
     response_residual: float = 0.0
     """On tokens that predict a response token."""
     official_compat: bool = False
-    """Do as the published code: a `response_residual` of 0 does not spare responses, `residual` drops on every token."""
+    """Do as the published code, where a `response_residual` of 0 spares no response: `residual` is for every token."""
 
     @property
     def on_responses(self) -> float:
