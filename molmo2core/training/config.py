@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
+from molmo2core.errors import RecipeError
 from molmo2core.message_tree.config import Weighting
 from molmo2core.model.config import AttentionBackend
 
@@ -52,6 +55,42 @@ class DropoutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainableParts:
+    """What is trained: every parameter of the model is in one of these parts (training_and_evaluation.md 1.4).
+
+    A frozen part has no gradient and no optimizer state.  A tied model has one matrix for `input_embedding` and
+    `output_head`, which must then agree.
+    """
+
+    input_embedding: bool = True
+    """Of the base vocabulary."""
+    output_head: bool = True
+    final_norm: bool = True
+    vision_encoder: bool = True
+    connector: bool = True
+    """With the new-token embedding, which learns at its rate."""
+    decoder: bool = True
+    """The blocks."""
+
+
+LowRankPart = Literal["decoder_attention", "decoder_mlp", "vision_encoder", "connector"]
+"""A set of matrices that adapters are added to; its weights belong to the part of TrainableParts that it names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig:
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): frozen matrices get a trained update of low rank, `alpha / rank * B A`.
+
+    No dropout of its own: dropout of residual branches covers the adapted ones too.
+    """
+
+    parts: tuple[LowRankPart, ...] = ("decoder_attention", "decoder_mlp")
+    """Matrices with adapters.  The parts that they belong to must be frozen themselves."""
+    rank: int = 16
+    alpha: float = 32.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """One training stage.  A global batch is `global_batch_packs` packed sequences."""
 
@@ -61,6 +100,9 @@ class TrainingConfig:
     weighting: Weighting
     z_loss: float = 1e-4
     dropout: DropoutConfig = field(default_factory=DropoutConfig)
+    trainable: TrainableParts = field(default_factory=TrainableParts)
+    low_rank: LowRankConfig | None = None
+    """Adapters, merged into the weights when the stage ends."""
     precision: str = "fp32"
     """`fp32` or `amp_bf16`."""
     attention: AttentionBackend = "auto"
@@ -93,3 +135,56 @@ class TrainingConfig:
     def data_parallel(self) -> int:
         """Groups of ranks that see different packs."""
         return self.world_size // self.context_parallel
+
+
+def check_trained_parts(config: TrainingConfig, *, tied: bool, where: str = "training") -> None:
+    """Whether `trainable` and `low_rank` say something that can be done.
+
+    Args:
+        tied: whether the output head is the input embedding.
+        where: the place that errors name.
+
+    Raises:
+        RecipeError: a tied matrix frozen and trained at once, a part trained and adapted at once, a rank or scale that
+            is none, or nothing to train.
+    """
+    parts, low_rank = config.trainable, config.low_rank
+    if tied and parts.input_embedding != parts.output_head:
+        raise RecipeError(
+            f"{where}.trainable",
+            found=f"input_embedding {_shown(parts.input_embedding)} with output_head {_shown(parts.output_head)}",
+            expected="the same for both: in this model they are one matrix",
+            mend="set both",
+        )
+    if low_rank is None:
+        if not any(getattr(parts, part.name) for part in fields(parts)):
+            raise RecipeError(
+                f"{where}.trainable",
+                found="every part is frozen",
+                expected="something to train",
+                mend="train a part, add low_rank, or set steps to 0",
+            )
+        return
+    for name, holds, expected in (
+        ("rank", low_rank.rank >= 1, "1 or more"),
+        ("alpha", low_rank.alpha > 0, "more than 0"),
+        ("parts", bool(low_rank.parts), "at least one"),
+        ("parts", len(set(low_rank.parts)) == len(low_rank.parts), "each once"),
+    ):
+        if not holds:
+            raise RecipeError(
+                f"{where}.low_rank.{name}", found=_shown(getattr(low_rank, name)), expected=expected, mend=""
+            )
+    for part in low_rank.parts:
+        owner = part.partition("_")[0] if part.startswith("decoder_") else part
+        if getattr(parts, owner):
+            raise RecipeError(
+                f"{where}.low_rank.parts",
+                found=f"{part} with trainable.{owner} true",
+                expected="a part that is either adapted or trained itself",
+                mend=f"set trainable.{owner} to false, or take {part} out of low_rank.parts",
+            )
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value)

@@ -14,10 +14,14 @@ GROUPS = ("vision_encoder", "connector", "decoder")
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters of a Molmo2, one named group per part; learning rates are set at each step."""
+    """AdamW over the trained parameters of a Molmo2, in named groups; learning rates are set at each step.
+
+    Parameters are in the order of their names, and groups without any are left out.
+    """
     parameters: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for name, parameter in sorted(model.named_parameters()):
-        parameters[group_of_parameter(name)].append(parameter)
+        if parameter.requires_grad:
+            parameters[group_of_parameter(name)].append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters[name], "name": name} for name in GROUPS if parameters[name]],
         lr=0.0,

@@ -40,8 +40,10 @@ from molmo2core.training.composer_guards import (
 )
 from molmo2core.training.composer_model import TrainedMolmo2
 from molmo2core.training.config import TrainingConfig
+from molmo2core.training.low_rank import merge_adapters
 from molmo2core.training.optimizer import build_optimizer
 from molmo2core.training.placement import place_model, sharding
+from molmo2core.training.trainable import select_trained
 from molmo2core.training.watching import watching_callbacks
 
 _TIMEOUT_SECONDS = 1800.0
@@ -96,7 +98,7 @@ def train(
         resume_from: folder of another training, whose newest checkpoint is taken if `folder` has none.
 
     Returns:
-        On rank 0 all trained parameters on CPU, by Molmo2's names; None on other ranks.
+        On rank 0 all parameters on CPU, by Molmo2's names, adapters merged; None on other ranks.
 
     Raises:
         PlatformError: training was asked to stop; a checkpoint of the last step done is in `folder`.  Or the disk is
@@ -134,7 +136,7 @@ def train(
         )
     finally:
         trainer.close()
-    return _without_prefix(weights) if dist.get_global_rank() == 0 else None
+    return _plain_weights(weights, config) if dist.get_global_rank() == 0 else None
 
 
 def build_trainer(
@@ -158,6 +160,7 @@ def build_trainer(
     context_rank = dist.get_global_rank() % config.context_parallel
     if ranks > 1 and isinstance(device, DeviceCPU):
         average_gradients_on_gloo()
+    select_trained(model, config, seed=seed)
     place_model(model, config, "cuda" if isinstance(device, DeviceGPU) else "cpu")
     checkpoint = checkpoint_to_load(folder, resume_from)
     clipping = GroupClipping(config.optimizer.clip_norm)
@@ -200,5 +203,6 @@ def build_trainer(
     return trainer
 
 
-def _without_prefix(weights: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("model."): value for name, value in weights.items()}
+def _plain_weights(weights: Mapping[str, Any], config: TrainingConfig) -> dict[str, torch.Tensor]:
+    named = {name.removeprefix("model."): value for name, value in weights.items()}
+    return merge_adapters(named, config.low_rank) if config.low_rank is not None else named
