@@ -4,10 +4,9 @@ A layer with weight W [O, I] computes x W^T + (x A^T) B^T * alpha / rank: A [ran
 so that training starts from the model as it was.  W keeps its name; A and B stand beside it as `low_rank_a` and
 `low_rank_b`, so that checkpoints hold the plain model and the adapters, and merging removes names but changes none.
 
-A fused matrix (query_key_value, up_gate) has one adapter: one B, whose rows are the queries', keys' and values' own, and
-one A that they share.  Three adapters of rank r/3 are one of rank r with zeros in B, so that the joint one can do at
-least as much at the same rank of the whole matrix, with as few parameters, and need not know what the rows mean; three of
-rank r are one of rank 3r.
+A fused matrix (query_key_value, up_gate) has one adapter: one A, shared, and one B, whose rows are the queries', keys'
+and values' own.  It is the matrix of the released files and the one that is sharded, and nobody need know what its rows
+mean.  Nothing is lost: three adapters of rank r are one of rank 3r with zeros in B.
 
 Shape legend: I inputs, O outputs.
 """
