@@ -82,6 +82,17 @@ def _check_numbers(stage: StageRecipe, place: str) -> None:
         "amp_bf16, since flash-attn takes half precision alone",
         "set precision to amp_bf16, or attention to auto",
     )
+    sharding = stage.sharding.precision
+    _require(
+        sharding == "full" or stage.precision == "amp_bf16",
+        place,
+        f"sharding.precision {sharding!r} with precision {stage.precision!r}",
+        "precision amp_bf16, which says what to round to",
+        "set sharding.precision to full, or precision to amp_bf16",
+    )
+    for name in ("vision_encoder", "decoder"):
+        value = getattr(stage.activation_checkpointing, name)
+        _require(value >= 0, place, f"activation_checkpointing.{name} {value}", "every n-th block, or 0 for none")
     for name in ("residual", "response_residual"):
         value = getattr(stage.dropout, name)
         _require(0 <= value < 1, place, f"dropout.{name} {value}", "a share, 0 <= p < 1")

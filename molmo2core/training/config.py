@@ -90,6 +90,31 @@ class LowRankConfig:
     alpha: float = 32.0
 
 
+ShardingPrecision = Literal["full", "mixed", "pure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """How FSDP2 shards parameters and optimizer state, always over all ranks; nothing to a single process."""
+
+    precision: ShardingPrecision = "full"
+    """In what blocks are gathered, and gradients of ranks added up: `full` float32 and float32, `mixed` bfloat16 and
+    float32, `pure` bfloat16 and bfloat16 (training_and_evaluation.md 1.1).  Shards themselves are float32 in all."""
+    reshard_after_forward: bool = True
+    """Free a gathered block after its forward pass and gather it again for its backward pass; else keep it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointedActivations:
+    """Which blocks keep their inputs alone for the backward pass and compute the rest again (1.7)."""
+
+    vision_encoder: int = 0
+    """Every n-th block; 0 is none."""
+    connector: bool = False
+    decoder: int = 0
+    """Every n-th block; 0 is none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """One training stage.  A global batch is `global_batch_packs` packed sequences."""
@@ -107,6 +132,10 @@ class TrainingConfig:
     """`fp32` or `amp_bf16`."""
     attention: AttentionBackend = "auto"
     """What computes attention; all backends give the same (model/attention.py)."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    activation_checkpointing: CheckpointedActivations = field(default_factory=CheckpointedActivations)
+    compile: bool = False
+    """Compile the blocks of vision encoder and decoder, and pad sequences to `packing.sequence_tokens`."""
     save_interval_steps: int
     """Steps between checkpoints to resume from."""
     num_processes: int = 1

@@ -67,6 +67,8 @@ def test_every_recipe_keeps_the_rules_in_both_profiles(path: Path, profile: str)
         (["train.sft.num_processes=0"], ["num_processes 0"]),
         (["train.sft.precision=fp16"], ["'fp16'", "amp_bf16"]),
         (["train.sft.attention=flash"], ["attention 'flash' with precision 'fp32'", "amp_bf16"]),
+        (["train.sft.sharding.precision=pure"], ["sharding.precision 'pure'", "precision 'fp32'", "amp_bf16"]),
+        (["train.sft.activation_checkpointing.decoder=-1"], ["activation_checkpointing.decoder -1"]),
         (["train.sft.dropout.residual=1.0"], ["dropout.residual 1.0"]),
         (["resources.train.gpus=4"], ["num_processes 1", "resources.train.gpus 4"]),
         (["train.sft.preprocessing.max_fps=0"], ["max_fps 0"]),
