@@ -6,6 +6,7 @@ K patches per pool.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
@@ -48,8 +49,12 @@ class Molmo2(nn.Module):
         pooling: Tensor,
         token_dropout: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        exchange: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, [B, S, W].
+
+        Ranks that share a sequence each pass their part of it, the mask of the whole, and their crops and pools
+        (parallel/visual_sharding.py).
 
         Args:
             input_ids, position_ids: int64 [B, S].
@@ -57,13 +62,15 @@ class Molmo2(nn.Module):
             pooling: int64 [V, K], row v for the v-th <im_patch> of the batch in row-major order.
             token_dropout: see DecoderStack.
             cache: filled by a first call with the whole prompts, used by calls with one token per row.
+            exchange: from this rank's visual features [V, W] to those of its part of the sequence.
 
         Raises:
-            DataError: the number of <im_patch> tokens is not V.
+            DataError: the number of <im_patch> tokens is not that of their features.
         """
         embedded = self.decoder.embedding(input_ids)
         if pooling.shape[0]:
-            embedded = self._add_visual(embedded, input_ids, self.encode_visual(crops, pooling))
+            visual = self.encode_visual(crops, pooling)
+            embedded = self._add_visual(embedded, input_ids, visual if exchange is None else exchange(visual))
         hidden = self.decoder.stack(embedded, position_ids, mask, token_dropout, cache)
         normed: Tensor = self.decoder.norm(hidden)
         return normed
