@@ -139,7 +139,7 @@ def test_profile_released_code_puts_the_codes_values_in_place() -> None:
     described, code = load_recipe(LARGE), load_recipe(LARGE, ["profile=released_code"])
     assert (described.train.pretrain.steps, code.train.pretrain.steps) == (32_000, 31_000)
     assert (described.train.sft.weighting, code.train.sft.weighting) == ("described", "released_code")
-    assert (described.train.sft.dropout.response_residual, code.train.sft.dropout.response_residual) == (0.0, 0.1)
+    assert (described.train.sft.dropout.on_responses, code.train.sft.dropout.on_responses) == (0.0, 0.1)
     changed = {line.split(":")[0] for line in difference_lines(described, code)}
     differing = {path for path, a in described.alternatives.items() if a.described != a.released_code}
     assert changed == differing | {"profile"}
