@@ -21,6 +21,7 @@ import shutil
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -125,6 +126,11 @@ def file_sha256(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """What a marker says of one file."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def content_key(*parts: object) -> str:
@@ -371,13 +377,9 @@ def commit_folder(
     try:
         with _disk_errors(uri):
             meta = fill(attempt)
-            files = {
-                name: {"bytes": (attempt / name).stat().st_size, "sha256": file_sha256(attempt / name)}
-                for name in list_files(str(attempt))
-            }
+            files = {name: file_facts(attempt / name) for name in list_files(str(attempt))}
             files |= {name: {"bytes": file.num_bytes, "sha256": file.sha256} for name, file in collected.items()}
-            marker = {"files": files, "meta": meta, "at": []}
-            write_bytes(str(attempt / MARKER), _marker_bytes(marker))
+            marker = seal_folder(attempt, files, meta)
             if is_remote(uri):
                 _publish_remote(uri, attempt, marker, collected)
             else:
@@ -388,6 +390,52 @@ def commit_folder(
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
     return open_committed(uri)
+
+
+def seal_folder(folder: Path, files: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the marker of a local folder that several processes have filled; return its content.
+
+    Args:
+        files: relative name -> `file_facts`, of all files.
+    """
+    marker = {"files": dict(files), "meta": dict(meta), "at": []}
+    write_bytes(str(folder / MARKER), _marker_bytes(marker))
+    return marker
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a local folder, and with which file; empty if all is as it was committed."""
+    try:
+        files = open_committed(str(folder)).files
+    except DataError as error:
+        return str(error)
+
+    def of_file(name: str) -> str:
+        path, size = folder / name, files[name]["bytes"]
+        try:
+            if path.stat().st_size != size:
+                return f"{path}: {path.stat().st_size} bytes; expected {size}"
+            return "" if file_sha256(path) == files[name]["sha256"] else f"{path}: other content than was written"
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+
+    with ThreadPoolExecutor(min(_UPLOADS, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter's lock
+        return next(filter(None, pool.map(of_file, sorted(files))), "")
+
+
+def upload_committed(folder: Path, uri: str) -> None:
+    """Copy a committed local folder to the remote `uri`, marker last; it takes the place of what was there.
+
+    Raises:
+        DataError: no such bucket, no right to write, or no committed folder.
+        PlatformError: the object store failed; readers see what was there before.
+    """
+    committed = open_committed(str(folder))
+    at = f"{_UPLOAD}{uuid.uuid4().hex[:12]}"
+    marker = {"files": committed.files, "meta": committed.meta, "at": [at]}
+    with _s3_errors(uri):
+        _put_files(uri, at, folder, committed.files, {})
+    write_bytes(join(uri, MARKER), _marker_bytes(marker))
 
 
 def remove_folder(uri: str) -> None:
@@ -421,14 +469,20 @@ def remove_abandoned(parent: str, pattern: str, *, keep: str = "") -> None:
     What cannot be removed stays, for want of rights or because another process removes it too.
     """
     with suppress(DataError, PlatformError, OSError):
-        for name in fnmatch.filter(_list_folders(parent), pattern):
+        for name in fnmatch.filter(list_folders(parent), pattern):
             if name != keep and time.time() - _last_change(join(parent, name)) > ABANDONED_SECONDS:
                 remove_folder(join(parent, name))
 
 
-def _list_folders(uri: str) -> list[str]:
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders right below `uri`; none when it is no folder.
+
+    Raises:
+        DataError: there is no such bucket, or no access to it.
+        PlatformError: the object store failed.
+    """
     if not is_remote(uri):
-        return [path.name for path in Path(uri).iterdir() if path.is_dir()]
+        return [path.name for path in Path(uri).iterdir() if path.is_dir()] if Path(uri).is_dir() else []
     location = _bucket_key(join(uri, ""))
     with _s3_errors(uri):
         pages = _client().get_paginator("list_objects_v2")
@@ -487,8 +541,20 @@ def _publish_remote(uri: str, attempt: Path, marker: dict[str, Any], collected: 
 
     Uploading to `uri` itself would let a late writer put its files over those of the writer that committed.
     """
-    client = _client()
     at = f"{_UPLOAD}{attempt.name.removeprefix(_ATTEMPT)}"
+    with _s3_errors(uri):
+        _put_files(uri, at, attempt, marker["files"], collected)
+        won = create_bytes(join(uri, MARKER), _marker_bytes(marker | {"at": [at]}))
+    standing = at if won else open_committed(uri).uri.rpartition("/")[2]  # after a lost answer it may be ours after all
+    if standing != at:
+        with suppress(DataError, PlatformError):  # no right to delete is no reason to fail
+            remove_folder(join(uri, at))
+    remove_abandoned(uri, f"{_UPLOAD}*", keep=standing)
+
+
+def _put_files(uri: str, at: str, folder: Path, names: Iterable[str], collected: Mapping[str, StoredFile]) -> None:
+    """Files and then the marker of `folder` to `uri/at`; those in `collected` are copied inside the store."""
+    client = _client()
 
     def put(name: str) -> None:
         location = _bucket_key(join(uri, at, name))
@@ -496,19 +562,12 @@ def _publish_remote(uri: str, attempt: Path, marker: dict[str, Any], collected: 
             source = _bucket_key(collected[name].uri)
             client.copy_object(CopySource={"Bucket": source["Bucket"], "Key": source["Key"]}, **location)
         else:
-            client.upload_file(str(attempt / name), location["Bucket"], location["Key"])
+            client.upload_file(str(folder / name), location["Bucket"], location["Key"])
 
-    with _s3_errors(uri):
-        with ThreadPoolExecutor(_UPLOADS) as pool:
-            for _ in pool.map(put, marker["files"]):
-                pass
-        put(MARKER)
-        won = create_bytes(join(uri, MARKER), _marker_bytes(marker | {"at": [at]}))
-    standing = at if won else open_committed(uri).uri.rpartition("/")[2]  # after a lost answer it may be ours after all
-    if standing != at:
-        with suppress(DataError, PlatformError):  # no right to delete is no reason to fail
-            remove_folder(join(uri, at))
-    remove_abandoned(uri, f"{_UPLOAD}*", keep=standing)
+    with ThreadPoolExecutor(_UPLOADS) as pool:
+        for _ in pool.map(put, names):
+            pass
+    put(MARKER)
 
 
 @functools.cache
