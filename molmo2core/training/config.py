@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from molmo2core.errors import RecipeError
+from molmo2core.examples import Split
 from molmo2core.message_tree.config import Weighting
 from molmo2core.model.config import AttentionBackend
 
@@ -116,6 +117,23 @@ class CheckpointedActivations:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """What is looked at on held-out examples while training goes on.  It never changes the weights."""
+
+    interval_steps: int = 0
+    """Steps between losses on held-out examples (the last step is one of them); 0 is never."""
+    examples_per_dataset: int = 64
+    """The first so many held-out examples of each dataset that is drawn: the same ones each time."""
+    generation_interval_steps: int = 0
+    """Steps between answers that are written down with their points drawn, a multiple of `interval_steps`; 0 is never."""
+    generations_per_task: int = 4
+    """Held-out questions of each task: the same ones each time."""
+    max_new_tokens: int = 256
+    """Of an answer."""
+    split: Split = "validation"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """One training stage.  A global batch is `global_batch_packs` packed sequences."""
 
@@ -152,6 +170,7 @@ class TrainingConfig:
     """Go on from `resume_from` although data, mixture or limits are not the same: from the same position in the new
     plan.  What changed is recorded."""
     log_interval_steps: int = 10
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     threads_per_process: int = 0
     """CPU threads per process; 0 shares the machine's cores evenly."""
 
