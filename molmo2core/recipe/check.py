@@ -10,6 +10,7 @@ from molmo2core.parallel.ranks import check_ranks
 from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
 from molmo2core.recipe.schema import Recipe, StageRecipe
 from molmo2core.recipe.sections import STAGE_NAMES
+from molmo2core.training.config import ValidationConfig
 
 _FRAME_TEXT_TOKENS = 5
 """Tokens of the time stamp before a frame, "12.5 " with Qwen's one token per digit (data.md 0.1)."""
@@ -93,9 +94,30 @@ def _check_numbers(stage: StageRecipe, place: str) -> None:
     for name in ("vision_encoder", "decoder"):
         value = getattr(stage.activation_checkpointing, name)
         _require(value >= 0, place, f"activation_checkpointing.{name} {value}", "every n-th block, or 0 for none")
+    _check_validation(stage.validation, place)
     for name in ("residual", "response_residual"):
         value = getattr(stage.dropout, name)
         _require(0 <= value < 1, place, f"dropout.{name} {value}", "a share, 0 <= p < 1")
+
+
+def _check_validation(validation: ValidationConfig, place: str) -> None:
+    losses, answers = validation.interval_steps, validation.generation_interval_steps
+    for name, least in (
+        ("interval_steps", 0),
+        ("generation_interval_steps", 0),
+        ("examples_per_dataset", 1),
+        ("generations_per_task", 1),
+        ("max_new_tokens", 1),
+    ):
+        value = getattr(validation, name)
+        _require(value >= least, place, f"validation.{name} {value}", f"{least} or more")
+    _require(
+        not answers or bool(losses and answers % losses == 0),
+        place,
+        f"validation.generation_interval_steps {answers} with interval_steps {losses}",
+        "a multiple of interval_steps, since answers are given when losses are taken",
+    )
+    _require(validation.split != "train", place, "validation.split 'train'", "a split that is held out")
 
 
 def _check_limits(limits: PreprocessingConfig, place: str) -> None:
