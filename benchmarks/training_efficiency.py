@@ -129,7 +129,7 @@ def mean_loss(model: Molmo2, packs: Sequence[Pack]) -> torch.Tensor:
         pooling=made["pooling"],
     )
     parts = weighted_loss(hidden[0], model.decoder.head_weight, made["target_ids"], made["loss_weights"], 0.0)
-    return parts.cross_entropy / made["loss_weight"]
+    return parts.total / made["loss_weight"]
 
 
 def main() -> None:

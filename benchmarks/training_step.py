@@ -68,7 +68,7 @@ def bare_seconds(config: TrainingConfig, tokens: int) -> float:
         parts = weighted_loss(
             hidden[0], model.decoder.head_weight, batch["target_ids"], batch["loss_weights"], config.z_loss
         )
-        ((parts.cross_entropy + parts.z) / batch["loss_weight"]).backward()
+        (parts.total / batch["loss_weight"]).backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.monotonic() - started)

@@ -57,7 +57,7 @@ def loss_and_gradients(model: Molmo2, maker: MicrobatchMaker, pack: Pack) -> tup
         pooling=batch["pooling"],
     )
     parts = weighted_loss(hidden[0], model.decoder.head_weight, batch["target_ids"], batch["loss_weights"], 1e-4)
-    loss = parts.cross_entropy + parts.z
+    loss = parts.total
     loss.backward()
     zero = torch.zeros(())
     return loss.detach(), {

@@ -54,5 +54,4 @@ class TrainedMolmo2(ComposerModel):  # type: ignore[misc]
         )
         self.parts = LossParts(*(part.detach() for part in parts))
         weight = max(batch["loss_weight"], _SMALLEST_WEIGHT)
-        cross_entropy, z = parts.cross_entropy / weight, parts.z / weight
-        return {"total": cross_entropy + z, "cross_entropy": cross_entropy, "z": z}
+        return {"total": parts.total / weight, "cross_entropy": parts.cross_entropy / weight, "z": parts.z / weight}

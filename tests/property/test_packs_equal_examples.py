@@ -116,7 +116,7 @@ def gradients(model: Molmo2, sequences: Sequence[TokenizedExample]) -> dict[str,
         )
         weights = torch.from_numpy(sequence.loss_weights)
         parts = weighted_loss(hidden[0], model.decoder.head_weight, targets, weights, 1e-4)
-        (parts.cross_entropy + parts.z).backward()
+        parts.total.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -68,7 +68,7 @@ def plain_torch_loop(model: Molmo2, config: TrainingConfig) -> list[float]:
                 hidden[0], model.decoder.head_weight, made["target_ids"], made["loss_weights"], config.z_loss
             )
             cross_entropy = cross_entropy + parts.cross_entropy
-            total = total + parts.cross_entropy + parts.z
+            total = total + parts.total
         model.zero_grad()
         (total / batch["loss_weight"]).backward()
         losses.append(float(cross_entropy / batch["loss_weight"]))

@@ -43,8 +43,8 @@ def loss_and_gradients(model: Molmo2, microbatches: list[Microbatch]) -> tuple[f
             pooling=batch["pooling"],
         )
         parts = weighted_loss(hidden[0], model.decoder.head_weight, batch["target_ids"], batch["loss_weights"], 1e-4)
-        (parts.cross_entropy + parts.z).backward()
-        total += float(parts.cross_entropy + parts.z)
+        parts.total.backward()
+        total += float(parts.total)
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
