@@ -13,7 +13,8 @@ Frame of several files: u32 count, count x u64 length, then the files; all littl
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,7 @@ def example_from_sample(sample: Mapping[str, Any]) -> Example:
     Raises:
         DataError: the bytes are not what was written (a damaged shard, or one of another program).
     """
-    where = f"shard sample {sample.get('dataset')}/{sample.get('uid')}"
-    try:
+    with _damage_named(sample):
         meta = json.loads(sample["meta"])
         return Example(
             uid=sample["uid"],
@@ -99,23 +99,31 @@ def example_from_sample(sample: Mapping[str, Any]) -> Example:
             ),
             annotations=annotations_from_json(sample["annotations"]),
         )
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(where, found=f"damaged or foreign sample ({error})", mend="build the shards again") from error
 
 
 def lengths_from_sample(sample: Mapping[str, Any]) -> SampleLengths:
-    """The bounds of a sample: its row of the side table."""
+    """The bounds of a sample: its row of the side table; errors as `example_from_sample`."""
     example = example_from_sample(sample)
-    return SampleLengths(
-        uid=example.uid,
-        kind=example.media.kind,
-        sizes=example.media.sizes,
-        duration_seconds=example.media.duration_seconds,
-        fps=example.media.fps,
-        grid_fps=float(sample["grid_fps"]),
-        subtitle_tokens=int(sample["subtitle_tokens"]),
-        branch_tokens=tuple(map(tuple, sample["branch_tokens"])),
-    )
+    with _damage_named(sample):
+        return SampleLengths(
+            uid=example.uid,
+            kind=example.media.kind,
+            sizes=example.media.sizes,
+            duration_seconds=example.media.duration_seconds,
+            fps=example.media.fps,
+            grid_fps=float(sample["grid_fps"]),
+            subtitle_tokens=int(sample["subtitle_tokens"]),
+            branch_tokens=tuple(tuple(map(int, tokens)) for tokens in sample["branch_tokens"]),
+        )
+
+
+@contextmanager
+def _damage_named(sample: Mapping[str, Any]) -> Iterator[None]:
+    where = f"shard sample {sample.get('dataset')}/{sample.get('uid')}"
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(where, found=f"damaged or foreign sample ({error})", mend="build the shards again") from error
 
 
 def frame_files(files: Sequence[bytes]) -> tuple[bytes, ...]:

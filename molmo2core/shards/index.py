@@ -68,7 +68,7 @@ def parse_index(content: bytes, where: str) -> tuple[ShardFile, ...]:
             {name: value for name, value in shard.items() if name not in ("samples", "raw_data")}
             for shard in index["shards"]
         ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(where, found=f"no index of MDS shards ({error})", mend="build the shards again") from error
     for found in described:
         if found != _DESCRIBED:

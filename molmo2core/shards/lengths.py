@@ -18,6 +18,7 @@ import numpy.typing as npt
 from molmo2core import storage
 from molmo2core.annotations import MediaKind
 from molmo2core.errors import DataError
+from molmo2core.examples import Split
 from molmo2core.preprocessing.config import STYLES
 
 FILE = "lengths.npz"
@@ -146,15 +147,19 @@ def decode_table(content: bytes, where: str = FILE) -> LengthsTable:
         with np.load(io.BytesIO(content), allow_pickle=False) as columns:
             values = {name: columns[name] for name in LengthsTable.__dataclass_fields__ if name != "uids"}
             uids = tuple(json.loads(columns["uids"].tobytes()))
-    except (ValueError, KeyError, OSError, EOFError) as error:
+    except Exception as error:  # of zip, of deflate, of numpy's headers, of JSON: a dozen types for one fact
         raise DataError(where, found=f"no side table ({error})", mend="build the shards again") from error
     return LengthsTable(**values, uids=uids)
 
 
-def read_table(split_uri: str) -> LengthsTable:
-    """The side table of a split's folder, local or `s3://`."""
-    uri = storage.join(split_uri, FILE)
-    return decode_table(storage.read_bytes(uri), uri)
+def read_table(shards: storage.CommittedFolder, split: Split) -> LengthsTable:
+    """The side table of a split.
+
+    Raises:
+        DataError: there is none, or not the one that was committed.
+    """
+    name = f"{split}/{FILE}"
+    return decode_table(shards.read(name), storage.join(shards.uri, name))
 
 
 def _offsets(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:

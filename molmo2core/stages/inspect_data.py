@@ -27,7 +27,7 @@ import numpy as np
 from molmo2core import storage
 from molmo2core.checkpoints.fetch import TOKENIZER_FILES, fetched_folder
 from molmo2core.errors import DataError, RecipeError, exit_with_message
-from molmo2core.examples import SPLITS
+from molmo2core.examples import SPLITS, Split
 from molmo2core.message_tree.config import Weighting
 from molmo2core.packing.config import PackingConfig
 from molmo2core.packing.plan import ENTRY, PackPlan, plan_packs
@@ -334,13 +334,13 @@ def _committed_below(uri: str) -> list[str]:
     return [storage.join(uri, name.removesuffix(f"/{storage.MARKER}")) for name in names]
 
 
-def _sample_of(uid: str, inputs: Inputs, split: str) -> int:
+def _sample_of(uid: str, inputs: Inputs, split: Split) -> int:
     """Global id of the sample called `uid` or `dataset/uid`."""
     first = 0
     for ref in inputs.shards:
         size = ref.num_samples.get(split, 0)
         if size:
-            uids = read_table(storage.join(storage.open_committed(ref.uri).uri, split)).uids
+            uids = read_table(storage.open_committed(ref.uri), split).uids
             for name in (uid, uid.removeprefix(f"{ref.dataset}/")):
                 if name in uids:
                     return first + uids.index(name)

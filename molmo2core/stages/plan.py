@@ -122,7 +122,7 @@ def _train_table(ref: ShardsRef) -> LengthsTable:
     if not ref.num_samples.get("train"):
         no_rows: list[SampleLengths] = []
         return build_table(no_rows, [])
-    return read_table(storage.join(folder.uri, "train"))
+    return read_table(folder, "train")
 
 
 def _check_together(parents: Sequence[ShardsRef]) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming import MDSWriter, StreamingDataset
 
+from molmo2core import storage
 from molmo2core.errors import DataError
 from molmo2core.examples import Example
 from molmo2core.shards import mds
@@ -96,7 +97,7 @@ def test_streaming_itself_reads_columns_equal_to_the_side_table(tmp_path: Path) 
     examples = [*image_examples("a", 25), *text_examples("b", 3)]
     ref = write_tiny_shards(examples, str(tmp_path))
     plain = StreamingDataset(local=ref.uri, split="train", batch_size=1, validate_hash=mds.HASH)
-    table = read_table(f"{ref.uri}/train")
+    table = read_table(storage.open_committed(ref.uri), "train")
     assert len(plain) == len(table) == 28
     assert len(plain.shards) > 1
     for number, example in enumerate(examples):

@@ -91,7 +91,7 @@ def test_a_sample_larger_than_a_shard_stands_alone(tmp_path: Path) -> None:
     large = replace(EXAMPLES[0], uid="large", media=replace(EXAMPLES[0].media, files=(bytes(5 * SHARD_BYTES),)))
     examples = [large, *EXAMPLES[:20]]
     folder = build(str(tmp_path / "x"), list(example_parts(examples, SHARD_BYTES)))
-    table = read_table(f"{folder.uri}/train")
+    table = read_table(folder, "train")
     assert table.shard_samples[0] == 1
     assert table.uids[0] == "large"
     shards = [facts["bytes"] for name, facts in sorted(folder.files.items()) if name.endswith(".mds")]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from molmo2core.shards.encoding import (
     sample_from_example,
     unframe_files,
 )
-from molmo2core.shards.lengths import read_table
+from molmo2core.shards.lengths import FILE, decode_table, encode_table, read_table
 from molmo2core.shards.reader import ExampleReader
 from molmo2core.shards.writer import sample_lengths
 from molmo2core.testing.tiny_examples import image_examples, text_examples, write_tiny_shards
@@ -90,9 +91,20 @@ def test_sample_keeps_every_byte_and_field(example: Example) -> None:
 def test_damaged_sample_is_an_error_that_names_it() -> None:
     """Catches a media column that was cut short and is read as a shorter file."""
     sample = sample_of(VIDEO)
-    for damaged in ({"media": sample["media"][:-1]}, {"media": b"\x01"}, {"meta": b"{"}, {"annotations": b"[{}]"}):
+    deep = b"[" * 100_000
+    for damaged in (
+        {"media": sample["media"][:-1]},
+        {"media": b"\x01"},
+        {"meta": b"{"},
+        {"meta": deep},
+        {"annotations": b"[{}]"},
+        {"annotations": deep},
+    ):
         with pytest.raises(DataError, match=r"videos/v1|annotations"):
             example_from_sample(sample | damaged)
+    for tokens in (None, [1], [["a"]]):
+        with pytest.raises(DataError, match="videos/v1"):
+            lengths_from_sample(sample | {"branch_tokens": tokens})
 
 
 def test_frame_of_files_round_trips() -> None:
@@ -131,7 +143,7 @@ def test_side_table_tells_what_the_preprocessor_would(tmp_path: Path) -> None:
     """Catches columns out of step with the shards, and a duration rounded to float32 (other frames than planned)."""
     examples = [*image_examples("videos", 12), VIDEO]
     ref = write_tiny_shards(examples, str(tmp_path))
-    table = read_table(storage.join(ref.uri, "train"))
+    table = read_table(storage.open_committed(ref.uri), "train")
     assert len(table) == 13
     index = json.loads(Path(ref.uri, "train", "index.json").read_text())
     assert table.shard_samples.tolist() == [shard["samples"] for shard in index["shards"]]
@@ -190,3 +202,21 @@ def test_s3_shards_are_cached_and_shared_by_readers(s3_bucket: str, tmp_path: Pa
     assert [second.example(index) for index in range(45)] == [*images, *texts]
     assert [first.example(index) for index in range(45)] == [*images, *texts]
     assert not list((tmp_path / "cache").rglob(".*mds")), "no attempt is left behind"
+
+
+def test_a_damaged_side_table_is_refused(tmp_path: Path) -> None:
+    """Whatever was done to the file.  Catches bounds that are believed without the checksum that was committed, and the
+    dozen errors of zip, deflate and numpy that damage comes out as."""
+    ref = write_tiny_shards(image_examples("a", 8), str(tmp_path))
+    content = Path(ref.uri, "train", FILE).read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        start, stop = sorted(rng.integers(0, len(content), 2).tolist())
+        damaged = content[:start] + rng.bytes(int(rng.integers(0, 40))) + content[stop:]
+        with suppress(DataError):  # what it may also be is a table: in zip, some bytes mean nothing
+            decode_table(damaged)
+    with pytest.raises(DataError, match="no side table"):
+        decode_table(content[: len(content) // 2])
+    Path(ref.uri, "train", FILE).write_bytes(encode_table(read_table(storage.open_committed(ref.uri), "train")) + b"\0")
+    with pytest.raises(DataError, match=r"lengths\.npz: another checksum"):
+        read_table(storage.open_committed(ref.uri), "train")

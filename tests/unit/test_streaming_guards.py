@@ -299,6 +299,9 @@ def test_index_is_checked(ref: ShardsRef, change: dict[str, object], words: str)
     index["shards"][0]["raw_data"] |= change
     with pytest.raises(DataError, match=words):
         parse_index(json.dumps(index).encode(), "x")
+    for content in (b"", b"null", b'{"shards": [1]}', b"[" * 100_000):
+        with pytest.raises(DataError, match="no index of MDS shards"):
+            parse_index(content, "x")
 
 
 @pytest.mark.parametrize(
