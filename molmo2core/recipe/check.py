@@ -10,7 +10,7 @@ from molmo2core.parallel.ranks import check_ranks
 from molmo2core.preprocessing.config import PreprocessingConfig, VisualGeometry
 from molmo2core.recipe.schema import Recipe, StageRecipe
 from molmo2core.recipe.sections import STAGE_NAMES
-from molmo2core.training.config import ValidationConfig
+from molmo2core.training.config import GroupSchedule, ValidationConfig, check_trained_parts
 
 _FRAME_TEXT_TOKENS = 5
 """Tokens of the time stamp before a frame, "12.5 " with Qwen's one token per digit (data.md 0.1)."""
@@ -27,6 +27,8 @@ def check_recipe(recipe: Recipe, *, where: str = "recipe") -> None:
         stage: StageRecipe = getattr(recipe.train, name)
         place = f"{where}: train.{name}"
         _check_numbers(stage, place)
+        _check_optimizer(stage, place)
+        check_trained_parts(stage, tied=model.decoder.tie_embeddings, where=place)
         _check_mixture(stage, recipe, place)
         _check_high_res(stage, place)
         _check_ranks(stage, model, place)
@@ -68,9 +70,13 @@ def _require(holds: bool, place: str, found: str, expected: str, mend: str = "")
 
 def _check_numbers(stage: StageRecipe, place: str) -> None:
     _require(stage.steps >= 0, place, f"steps {stage.steps}", "0 or more")
-    for name in ("global_batch_packs", "num_processes", "num_nodes", "context_parallel", "save_interval_steps"):
+    counts = ("global_batch_packs", "num_processes", "num_nodes", "context_parallel")
+    for name in (*counts, "save_interval_steps", "log_interval_steps"):
         value = getattr(stage, name)
         _require(value >= 1, place, f"{name} {value}", "1 or more")
+    for name in ("loader_workers", "threads_per_process"):
+        value = getattr(stage, name)
+        _require(value >= 0, place, f"{name} {value}", "0 or more")
     for name in ("sequence_tokens", "crop_budget", "window"):
         value = getattr(stage.packing, name)
         _require(value >= 1, place, f"packing.{name} {value}", "1 or more")
@@ -118,6 +124,24 @@ def _check_validation(validation: ValidationConfig, place: str) -> None:
         "a multiple of interval_steps, since answers are given when losses are taken",
     )
     _require(validation.split != "train", place, "validation.split 'train'", "a split that is held out")
+
+
+def _check_optimizer(stage: StageRecipe, place: str) -> None:
+    optimizer = stage.optimizer
+    for group in ("vision_encoder", "connector", "decoder"):
+        schedule: GroupSchedule = getattr(optimizer, group)
+        rate, warmup = schedule.learning_rate, schedule.warmup_steps
+        _require(rate > 0, place, f"optimizer.{group}.learning_rate {rate}", "more than 0", "freeze it with trainable")
+        _require(warmup >= 0, place, f"optimizer.{group}.warmup_steps {warmup}", "0 or more")
+    for name, holds, expected in (
+        ("final_fraction", 0 <= optimizer.final_fraction <= 1, "a share, 0 <= p <= 1"),
+        ("betas", all(0 <= beta < 1 for beta in optimizer.betas), "two numbers, 0 <= beta < 1"),
+        ("eps", optimizer.eps > 0, "more than 0"),
+        ("weight_decay", optimizer.weight_decay >= 0, "0 or more"),
+        ("clip_norm", optimizer.clip_norm > 0, "more than 0"),
+    ):
+        _require(holds, place, f"optimizer.{name} {getattr(optimizer, name)}", expected)
+    _require(stage.z_loss >= 0, place, f"z_loss {stage.z_loss}", "0 or more")
 
 
 def _check_limits(limits: PreprocessingConfig, place: str) -> None:

@@ -1,5 +1,6 @@
 """Rules across sections: each case breaks one rule of a good recipe and must be told both numbers."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,12 @@ from molmo2core.recipe.sections import (
     ValidateSection,
 )
 from molmo2core.stages import resolve
+from molmo2core.training.config import TrainableParts
 
 RECIPES = Path(__file__).parents[2] / "workflows" / "recipes"
 TINY = (RECIPES / "tiny.yaml").read_text()
+PARTS = [field.name for field in fields(TrainableParts)]
+ADAPTED = ["train.sft.trainable.decoder=false"]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -85,12 +89,38 @@ def test_every_recipe_keeps_the_rules_in_both_profiles(path: Path, profile: str)
             ["crop_budget", "1 images x (90 + 1) crops = 91"],
         ),
         (["evaluate.preprocessing.max_images=900"], ["900 images of 1 crops", "max_position_embeddings 4096"]),
+        (["train.sft.optimizer.decoder.learning_rate=0.0"], ["optimizer.decoder.learning_rate 0.0", "freeze"]),
+        (["train.sft.optimizer.connector.warmup_steps=-1"], ["optimizer.connector.warmup_steps -1"]),
+        (["train.sft.optimizer.final_fraction=1.1"], ["final_fraction 1.1"]),
+        (["train.sft.optimizer.betas=[0.9, 1.0]"], ["betas (0.9, 1.0)"]),
+        (["train.sft.optimizer.eps=0.0"], ["eps 0.0"]),
+        (["train.sft.optimizer.weight_decay=-0.1"], ["weight_decay -0.1"]),
+        (["train.sft.optimizer.clip_norm=0.0"], ["clip_norm 0.0"]),
+        (["train.sft.z_loss=-1e-4"], ["z_loss -0.0001"]),
+        (["train.sft.log_interval_steps=0"], ["log_interval_steps 0"]),
+        (["train.sft.loader_workers=-1"], ["loader_workers -1"]),
+        ([f"train.sft.trainable.{part}=false" for part in PARTS], ["train.sft.trainable: every part is frozen"]),
+        (["train.sft.low_rank.rank=4"], ["decoder_attention with trainable.decoder true", "either adapted or trained"]),
+        ([*ADAPTED, "train.sft.low_rank.rank=0"], ["train.sft.low_rank.rank: 0", "1 or more"]),
+        ([*ADAPTED, "train.sft.low_rank.alpha=0.0"], ["train.sft.low_rank.alpha: 0.0"]),
+        ([*ADAPTED, "train.sft.low_rank.parts=[]"], ["train.sft.low_rank.parts: []", "at least one"]),
+        ([*ADAPTED, "train.sft.low_rank.parts=[decoder_mlp, decoder_mlp]"], ["decoder_mlp", "each once"]),
+        ([*ADAPTED, "train.sft.low_rank.parts=[connector]"], ["connector with trainable.connector true"]),
     ],
 )  # fmt: skip
 def test_broken_rule_is_told_with_both_numbers(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(RecipeError) as error:
         check_recipe(load_recipe(TINY, overrides))
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("changed", ["input_embedding", "output_head"])
+def test_a_tied_matrix_cannot_be_frozen_and_trained(changed: str) -> None:
+    """4B has one matrix for both; 8B has two, and may freeze either."""
+    override = f"train.sft.trainable.{changed}=false"
+    with pytest.raises(RecipeError, match="input_embedding (true|false) with output_head (true|false)"):
+        check_recipe(load_recipe((RECIPES / "molmo2_4b.yaml").read_text(), [override]))
+    check_recipe(load_recipe((RECIPES / "molmo2_8b.yaml").read_text(), [override]))
 
 
 def test_zero_steps_are_allowed_here() -> None:
