@@ -19,7 +19,6 @@ import torch
 from composer import Time, Trainer
 from composer.devices import Device, DeviceCPU, DeviceGPU
 from composer.utils import dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 
 from molmo2core.errors import PlatformError, RecipeError
@@ -45,6 +44,7 @@ from molmo2core.training.optimizer import build_optimizer
 from molmo2core.training.placement import place_model, sharding
 from molmo2core.training.trainable import select_trained
 from molmo2core.training.watching import watching_callbacks
+from molmo2core.training.whole_weights import whole_weights
 
 _TIMEOUT_SECONDS = 1800.0
 
@@ -131,12 +131,9 @@ def train(
             raise PlatformError(
                 name, found=f"asked to stop after step {step} of {config.steps}", mend="run it again to continue"
             )
-        weights = get_model_state_dict(
-            trainer.state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
+        return whole_weights(trainer.state.model, config)
     finally:
         trainer.close()
-    return _plain_weights(weights, config) if dist.get_global_rank() == 0 else None
 
 
 def build_trainer(
@@ -201,8 +198,3 @@ def build_trainer(
     if sharding(ranks, checkpoint) is not None:
         check_fsdp2(trainer.state)
     return trainer
-
-
-def _plain_weights(weights: Mapping[str, Any], config: TrainingConfig) -> dict[str, torch.Tensor]:
-    named = {name.removeprefix("model."): value for name, value in weights.items()}
-    return merge_adapters(named, config.low_rank) if config.low_rank is not None else named
