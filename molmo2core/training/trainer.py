@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from composer import Time, Trainer
@@ -39,7 +37,6 @@ from molmo2core.training.composer_guards import (
 )
 from molmo2core.training.composer_model import TrainedMolmo2
 from molmo2core.training.config import TrainingConfig
-from molmo2core.training.low_rank import merge_adapters
 from molmo2core.training.optimizer import build_optimizer
 from molmo2core.training.placement import place_model, sharding
 from molmo2core.training.trainable import select_trained
