@@ -125,7 +125,7 @@ class ValidationConfig:
     examples_per_dataset: int = 64
     """The first so many held-out examples of each dataset that is drawn: the same ones each time."""
     generation_interval_steps: int = 0
-    """Steps between answers that are written down with their points drawn, a multiple of `interval_steps`; 0 is never."""
+    """Steps between answers that are written down, with points drawn: a multiple of `interval_steps`; 0 is never."""
     generations_per_task: int = 4
     """Held-out questions of each task: the same ones each time."""
     max_new_tokens: int = 256
