@@ -20,12 +20,7 @@ MERGED_TOKENS = 8192
 
 def data_spec(loader: DataLoader[Batch], model: Molmo2, config: TrainingConfig, context_rank: int) -> DataSpec:
     """How Composer splits and counts a rank's batch."""
-    maker = MicrobatchMaker(
-        im_patch_id=model.im_patch_id,
-        dropout=config.dropout,
-        context_rank=context_rank,
-        context_size=config.context_parallel,
-    )
+    maker = microbatch_maker(model, config, context_rank)
     counts = int(context_rank == 0)  # of ranks that share packs, one counts them
 
     def num_tokens(batch: Mapping[str, Any]) -> dict[str, int | float]:
@@ -37,6 +32,16 @@ def data_spec(loader: DataLoader[Batch], model: Molmo2, config: TrainingConfig, 
         microbatch_transforms=NoCopy,
         get_num_samples_in_batch=lambda batch: counts * len(batch["packs"]),
         get_num_tokens_in_batch=num_tokens,
+    )
+
+
+def microbatch_maker(model: Molmo2, config: TrainingConfig, context_rank: int) -> MicrobatchMaker:
+    """With the stage's dropout."""
+    return MicrobatchMaker(
+        im_patch_id=model.im_patch_id,
+        dropout=config.dropout,
+        context_rank=context_rank,
+        context_size=config.context_parallel,
     )
 
 
