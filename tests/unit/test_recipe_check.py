@@ -118,7 +118,7 @@ def test_broken_rule_is_told_with_both_numbers(overrides: list[str], words: list
 def test_a_tied_matrix_cannot_be_frozen_and_trained(changed: str) -> None:
     """4B has one matrix for both; 8B has two, and may freeze either."""
     override = f"train.sft.trainable.{changed}=false"
-    with pytest.raises(RecipeError, match="input_embedding (true|false) with output_head (true|false)"):
+    with pytest.raises(RecipeError, match=r"input_embedding (true|false) with output_head (true|false)"):
         check_recipe(load_recipe((RECIPES / "molmo2_4b.yaml").read_text(), [override]))
     check_recipe(load_recipe((RECIPES / "molmo2_8b.yaml").read_text(), [override]))
 
