@@ -16,7 +16,7 @@ class PackingConfig:
     window: int = 32_768
     """Draws that are packed together and whose packs are shuffled.
 
-    Larger windows fill better and are planned faster: of the lengths of stage 2, 2,048 draws at a time reach 99.0 % of
-    the bound at 1.2 us a draw, 32,768 reach 99.4 % at 0.7 us (benchmarks/packing.py).  The price is locality: the packs
+    Larger windows fill better and are planned faster: of the lengths of stage 2, 2,048 draws at a time reach 99.6 % of
+    the bound at 1.4 us a draw, 32,768 reach 99.8 % at 0.6 us (benchmarks/packing.py).  The price is locality: the packs
     of one window touch the shards of so many draws, besides those that a shuffle block spreads over anyway
     (packing.draws.SHUFFLE_BLOCK, 65,536)."""
