@@ -21,6 +21,8 @@ from molmo2core.loading.inspection import (
 from molmo2core.loading.inspection_text import deviation_text, visible
 
 _SIDE = 160  # pixels of a crop or frame
+_NAMED_ROWS = 2.5  # percent of the picture's height
+_REPEATED = 8  # equal tokens that are written out in a branch: a reply should be read as it is
 _FAINTEST = 0.25  # how strongly the smallest loss weight is shaded
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1b1f24; }
@@ -36,7 +38,11 @@ figcaption { font-size: .75rem; color: #555; max-width: 10rem; }
 .tokens span { white-space: pre-wrap; border-radius: .15rem; box-shadow: inset -1px 0 0 #fff; }
 .root { background: #e4e7eb; } .prompt { background: #d8e6fb; }
 .target { outline: 1px dashed #b35900; }
-.mask { image-rendering: pixelated; border: 1px solid #999; width: 24rem; max-width: 100%; }
+.mask { position: relative; width: 24rem; margin: .4rem 0 .4rem 6.5rem; }
+.mask img { display: block; width: 100%; image-rendering: pixelated; outline: 1px solid #999; }
+.mask i { position: absolute; border: 0 solid #c33; opacity: .6; }
+.mask span { position: absolute; transform: translateY(-50%); font-size: .7rem; line-height: 1; white-space: nowrap; }
+.mask .of-example { right: calc(100% + 4.2rem); font-weight: 600; } .mask .of-branch { right: calc(100% + .4rem); }
 .odd { background: #fdeaea; padding: .3rem .7rem; border-radius: .3rem; }
 details > summary { cursor: pointer; color: #555; }
 """
@@ -80,10 +86,35 @@ def _pack(pack: PackView) -> str:
     most = max((token.weight for e in pack.examples for b in e.branches for token in b.tokens), default=1.0) or 1.0
     return (
         f"<h2>{escape(pack.title)}</h2>{odd}{budgets}<p>Loss weight {pack.loss_weight:.3f}</p>{lengths}"
-        f"<details open><summary>who attends to whom: a row for a query, black where it sees a key</summary>"
-        f'<img class="mask" alt="attention" src="data:image/png;base64,{_mask_png(pack.mask)}"></details>'
+        "<details open><summary>who attends to whom: a row for each query, black where it sees a key; beside it the "
+        "number of its example, and root or branch</summary>"
+        f"{_mask(pack)}</details>"
         + "".join(_example(number, example, most) for number, example in enumerate(pack.examples))
     )
+
+
+def _mask(pack: PackView) -> str:
+    """The picture, with red lines where examples begin and the names of its rows."""
+    share = 100 / max(pack.num_tokens, 1)
+    marks, first = [], 0
+    for number, example in enumerate(pack.examples):
+        if number:
+            marks.append(f'<i style="top:{first * share:.2f}%;left:0;right:0;border-top-width:1px"></i>')
+            marks.append(f'<i style="left:{first * share:.2f}%;top:0;bottom:0;border-left-width:1px"></i>')
+        parts = [("root", example.root_length), *((f"branch {b.number}", b.num_tokens) for b in example.branches)]
+        marks.append(_row_name("of-example", f"{number}", first, sum(length for _, length in parts), share))
+        for name, length in parts:
+            marks.append(_row_name("of-branch", name, first, length, share))
+            first += length
+    picture = f'<img alt="attention" src="data:image/png;base64,{_mask_png(pack.mask)}">'
+    return f'<div class="mask">{picture}{"".join(marks)}</div>'
+
+
+def _row_name(kind: str, name: str, first: int, length: int, share: float) -> str:
+    """Beside the middle of its rows, if they are high enough for a line of text."""
+    if length * share < _NAMED_ROWS:
+        return ""
+    return f'<span class="{kind}" style="top:{(first + length / 2) * share:.2f}%">{name}</span>'
 
 
 def _example(number: int, example: ExampleView, most: float) -> str:
@@ -119,8 +150,10 @@ def _tokens(tokens: Sequence[TokenView], most: float) -> str:
 
 
 def _token(token: TokenView, most: float) -> str:
-    many = f" ×{token.count}" if token.count > 1 else ""
-    text = escape(visible(token.text) + many)
+    if token.role != "root" and token.count <= _REPEATED:
+        text = escape(visible(token.text) * token.count)
+    else:
+        text = escape(visible(token.text) + (f" ×{token.count}" if token.count > 1 else ""))
     weight = f", loss weight {token.weight:g}" if token.weight else ""
     title = f"position {token.position}, id {token.id}{weight}"
     if token.role == "reply":

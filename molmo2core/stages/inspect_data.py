@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; the exit code says who can mend a failure (errors.py)."""
     try:
         inspect(_parser().parse_args(arguments))
+    except BrokenPipeError:  # the reader of the text, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or closing it at exit fails again
     except Exception as error:
         return exit_with_message(error)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 
 from molmo2core.annotations import Point, Pointing, QuestionAnswer
-from molmo2core.examples import Deviation, Example, Media
+from molmo2core.examples import DOCUMENT, ROOT, Deviation, Example, Media
 from molmo2core.loading.inspection import PackView, crop_pixels, mask_picture, view_pack
 from molmo2core.loading.inspection_page import build_page
 from molmo2core.loading.inspection_text import describe, visible
@@ -126,6 +127,22 @@ def test_a_plan_is_shown_as_training_gets_it(workspace: Workspace, tmp_path: Pat
     crops = sum(int(number) for number in re.findall(r"\), (\d+) crops \(bound", run.stdout))
     assert page.tags.count("figure") == crops > 0
     assert page.tags.count("img") == crops + 3, "a mask for each pack"
+
+
+def test_a_reader_that_has_had_enough_is_no_error(workspace: Workspace, tmp_path: Path) -> None:
+    """`inspect ... | head`.  Catches "internal error: BrokenPipeError" with a stack trace below it."""
+    command = [sys.executable, "-m", "molmo2core.loading", "inspect", str(workspace.folder / "plan.json")]
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = subprocess.run(
+        [*command, *workspace.recipe, "--html", str(tmp_path / "page.html")],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -396,3 +413,35 @@ def test_the_page_carries_the_pictures(data: LoadingData) -> None:
     text = build_page("t", [], [shown])
     png = base64.b64decode(re.findall(r"data:image/png;base64,([^\"]+)", text)[0])
     assert np.array_equal(255 - np.asarray(Image.open(io.BytesIO(png))), shown.mask)
+
+
+def test_rows_of_the_mask_are_named(data: LoadingData) -> None:
+    """Beside their middle.  Catches a name at another example's rows."""
+    loaded, shown = view(data, 0)
+    found = re.findall(
+        r'<span class="of-(example|branch)" style="top:([\d.]+)%">([^<]+)<', build_page("t", [], [shown])
+    )
+    ids = loaded.pack.subsegment_ids
+    assert [name for kind, _, name in found if kind == "example"] == [str(n) for n in range(len(shown.examples))]
+    document = -1
+    for kind, top, name in found:
+        at = ids[int(float(top) / 100 * len(ids))]
+        document += kind == "example"
+        assert at // DOCUMENT == document
+        if kind == "branch":
+            assert at % DOCUMENT == (ROOT if name == "root" else int(name.removeprefix("branch ")))
+    assert len({name for _, _, name in found}) > 2
+
+
+def test_equal_tokens_of_a_reply_are_written_out(tmp_path: Path) -> None:
+    """Catches a coordinate of 833 that reads "83 ×2"."""
+    example = Example(
+        uid="spot",
+        dataset="points",
+        split="train",
+        media=Media(kind="image", files=(spotted((90, 60)),), sizes=((90, 60),)),
+        annotations=(QuestionAnswer(task="image_qa", question="how many?", answer="7333"),),
+    )
+    page = build_page("t", [], [alone(example, tmp_path, PreprocessingConfig(max_crops=1))])
+    assert "×" in page, "the patches of the root"
+    assert "7333<|im_end|>" in Page(page).text
