@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from composer.models import ComposerModel
 from torch import Tensor
+from torchmetrics import Metric
 
 from molmo2core.model.attention import AttentionMask
 from molmo2core.model.loss import LossParts, weighted_loss
@@ -23,11 +25,13 @@ class TrainedMolmo2(ComposerModel):  # type: ignore[misc]
     sum(w * loss) / sum(w) over the global batch, however it is cut (composer_streaming.md 2).
     """
 
-    def __init__(self, model: Molmo2, *, z_coefficient: float) -> None:
+    def __init__(self, model: Molmo2, *, z_coefficient: float, metrics: Mapping[str, Metric] | None = None) -> None:
         super().__init__()
         self.model = model
         self.model.fsdp_wrap_fn = is_fsdp_unit  # type: ignore[assignment]
         self.z_coefficient = z_coefficient
+        self.held_out_metrics = dict(metrics or {})
+        """By name; each has `update(LossParts, microbatch)`."""
         self.parts: LossParts | None = None
         """Of the last microbatch, all detached: what callbacks log after the event AFTER_LOSS."""
 
@@ -55,3 +59,12 @@ class TrainedMolmo2(ComposerModel):  # type: ignore[misc]
         self.parts = LossParts(*(part.detach() for part in parts))
         weight = max(batch["loss_weight"], _SMALLEST_WEIGHT)
         return {"total": parts.total / weight, "cross_entropy": parts.cross_entropy / weight, "z": parts.z / weight}
+
+    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+        """None of training: callbacks have what they need in `parts`."""
+        return {} if is_train else self.held_out_metrics
+
+    def update_metric(self, batch: dict[str, Any], outputs: Tensor, metric: Metric) -> None:
+        """Add the losses of a held-out microbatch, of which `outputs` are the hidden states."""
+        self.loss(outputs, batch)
+        metric.update(self.parts, batch)
