@@ -101,9 +101,18 @@ def _check_numbers(stage: StageRecipe, place: str) -> None:
         value = getattr(stage.activation_checkpointing, name)
         _require(value >= 0, place, f"activation_checkpointing.{name} {value}", "every n-th block, or 0 for none")
     _check_validation(stage.validation, place)
+    _check_watching(stage, place)
     for name in ("residual", "response_residual"):
         value = getattr(stage.dropout, name)
         _require(0 <= value < 1, place, f"dropout.{name} {value}", "a share, 0 <= p < 1")
+
+
+def _check_watching(stage: StageRecipe, place: str) -> None:
+    guard = stage.spike_guard
+    _require(guard.window >= 1, place, f"spike_guard.window {guard.window}", "1 or more steps")
+    _require(guard.factor > 1, place, f"spike_guard.factor {guard.factor}", "more than 1: a multiple of the mean loss")
+    _require(guard.patience >= 0, place, f"spike_guard.patience {guard.patience}", "0, for no guard, or more")
+    _require(stage.peak_teraflops >= 0, place, f"peak_teraflops {stage.peak_teraflops}", "0 or more")
 
 
 def _check_validation(validation: ValidationConfig, place: str) -> None:

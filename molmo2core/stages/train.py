@@ -39,8 +39,15 @@ from molmo2core.stages.train_tracking import following
 FORMAT = 5
 """Version of what training computes: part of the key."""
 _NOT_THE_RESULT = ("workspace", "run_name", "recipe_fingerprint", "tracking")
-_NOT_THE_TRAINED_RESULT = ("save_interval_steps", "loader_workers", "log_interval_steps", "activation_checkpointing")
-_TIMES = ("seconds", "time_ms", "waits")
+_NOT_THE_TRAINED_RESULT = (
+    "save_interval_steps",
+    "loader_workers",
+    "log_interval_steps",
+    "activation_checkpointing",
+    "spike_guard",
+    "peak_teraflops",
+)
+_TIMES = ("seconds", "time_ms", "waits", "speed", "memory")
 """Fields of metrics that are not the same in another run of the same training."""
 _EDGE_STEPS = 10
 """First and last loss are means over so many steps: a single step's depends on its packs."""

@@ -117,6 +117,18 @@ class CheckpointedActivations:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpikeGuardConfig:
+    """When training ends because its loss has jumped up (composer_streaming.md 6).  Other steps are never touched."""
+
+    window: int = 100
+    """Steps whose mean loss is the measure; spikes are left out of it.  Before so many, there is no guard."""
+    factor: float = 2.0
+    """A loss of so many times the mean is a spike."""
+    patience: int = 4
+    """Spikes one after the other that end training; 0 is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
     """What is looked at on held-out examples while training goes on.  It never changes the weights."""
 
@@ -170,6 +182,10 @@ class TrainingConfig:
     """Go on from `resume_from` although data, mixture or limits are not the same: from the same position in the new
     plan.  What changed is recorded."""
     log_interval_steps: int = 10
+    """Steps between lines in the log and points in MLflow.  The metrics file has every step."""
+    spike_guard: SpikeGuardConfig = field(default_factory=SpikeGuardConfig)
+    peak_teraflops: float = 0.0
+    """What MFU is a share of: operations of one GPU in 1e12 per second; 0 takes the known GPUs' (training/flops.py)."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     threads_per_process: int = 0
     """CPU threads per process; 0 shares the machine's cores evenly."""
