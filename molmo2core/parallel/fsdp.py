@@ -1,18 +1,26 @@
-"""What FSDP gathers at a time.
+"""What FSDP gathers at a time (training_and_evaluation.md 1.7).
 
-Units are the transformer blocks; embedding, connector, norms and head form the root unit, whose parameters stay
-gathered from forward to the end of backward, so that the loss may use the head outside `forward`, and a head tied to
-the embedding is in one unit with it.
+Units are the transformer blocks, the connector and, where the head is a matrix of its own, the embedding: each is
+gathered for its forward and its backward pass alone.  Head, norms and the first layer of the vision encoder form the
+root unit, whose parameters stay gathered from forward to the end of backward, so that the loss may use the head outside
+`forward`.  A head that is tied to the embedding keeps that one in the root unit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
-from molmo2core.model.decoder import DecoderBlock
+from molmo2core.model.connector import Connector
+from molmo2core.model.decoder import DecoderBlock, TokenEmbedding
+from molmo2core.model.molmo2 import Molmo2
 from molmo2core.model.vision_encoder import VisionBlock
 
 
-def is_fsdp_unit(module: nn.Module) -> bool:
-    """Whether `module` is sharded and gathered on its own."""
-    return isinstance(module, DecoderBlock | VisionBlock)
+def fsdp_units(model: Molmo2) -> Callable[[nn.Module], bool]:
+    """Whether a module below `model` is sharded and gathered on its own."""
+    kinds: tuple[type[nn.Module], ...] = (DecoderBlock, VisionBlock, Connector)
+    if model.decoder.head is not None:
+        kinds += (TokenEmbedding,)
+    return lambda module: isinstance(module, kinds)

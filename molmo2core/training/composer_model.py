@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from molmo2core.model.attention import AttentionMask
 from molmo2core.model.loss import LossParts, weighted_loss
 from molmo2core.model.molmo2 import Molmo2
-from molmo2core.parallel.fsdp import is_fsdp_unit
+from molmo2core.parallel.fsdp import fsdp_units
 
 _SMALLEST_WEIGHT = 1e-9
 
@@ -28,7 +28,7 @@ class TrainedMolmo2(ComposerModel):  # type: ignore[misc]
     def __init__(self, model: Molmo2, *, z_coefficient: float, metrics: Mapping[str, Metric] | None = None) -> None:
         super().__init__()
         self.model = model
-        self.model.fsdp_wrap_fn = is_fsdp_unit  # type: ignore[assignment]
+        self.model.fsdp_wrap_fn = fsdp_units(model)  # type: ignore[assignment]
         self.z_coefficient = z_coefficient
         self.held_out_metrics = dict(metrics or {})
         """By name; each has `update(LossParts, microbatch)`."""

@@ -1,0 +1,75 @@
+"""How blocks run while training: compiled, and computed again in the backward pass instead of kept.
+
+Both replace a block's `forward` and nothing else.  Names of modules and parameters stay, so checkpoints know nothing
+of it; FSDP's hooks stay outside, so that a block is gathered once for its recomputation and its backward pass.  Without
+gradients (validation, generation) a block runs as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from molmo2core.model.decoder import DecoderBlock
+from molmo2core.model.molmo2 import Molmo2
+from molmo2core.model.vision_encoder import VisionBlock
+
+Forward = Callable[..., Any]
+
+
+def checkpoint_activations(model: Molmo2, *, vision_encoder: int = 0, connector: bool = False, decoder: int = 0) -> None:
+    """Have blocks keep their inputs alone for the backward pass, which computes the rest again with the same dropout.
+
+    Args:
+        vision_encoder, decoder: every n-th block, from the first; 0 is none.
+    """
+    chosen: list[nn.Module] = [*_every(model.vision_encoder.blocks, vision_encoder)]
+    chosen += [model.connector] if connector else []
+    chosen += _every(model.decoder.stack.blocks, decoder)
+    for module in chosen:
+        _while_training(module, _recomputed)
+    # Autocast would keep a bfloat16 copy of every weight until the forward pass ends: all that sharding saves.
+    model.register_forward_pre_hook(lambda *_: torch.set_autocast_cache_enabled(False))
+
+
+def compile_blocks(model: Molmo2) -> None:
+    """Compile the blocks of decoder and vision encoder, one program for all blocks of a kind.
+
+    Attention stays out of it: its kernels are compiled or fused already, SDPA by document depends on data, and context
+    parallelism exchanges heads there.  Called after those were set, before `checkpoint_activations`, which then runs
+    the compiled block twice.
+    """
+    vision, decoder = list(model.vision_encoder.blocks), list(model.decoder.stack.blocks)
+    # One function for all blocks: a program is good for the functions that it was compiled with, and after eight
+    # programs torch gives up and runs everything as it is.
+    for attentions in (vision, [block.attention for block in decoder]):
+        attend = torch.compiler.disable(attentions[0].attend)
+        for module in attentions:
+            module.attend = attend
+    for block in [*vision, *decoder]:
+        _while_training(block, torch.compile)
+
+
+def _every(blocks: nn.ModuleList, interval: int) -> Iterable[nn.Module]:
+    return list(blocks)[::interval] if interval else ()
+
+
+def _recomputed(forward: Forward) -> Forward:
+    def run(*arguments: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False)
+
+    return run
+
+
+def _while_training(module: nn.Module, change: Callable[[Forward], Forward]) -> None:
+    plain = module.forward
+    changed = change(plain)
+
+    def forward(*arguments: Any) -> Any:
+        return changed(*arguments) if torch.is_grad_enabled() else plain(*arguments)
+
+    module.forward = forward
