@@ -20,10 +20,11 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import time
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,8 @@ from molmo2core.shards import index
 from molmo2core.shards.mds import HASH, file_checksum
 
 _NUMBERS = 10**12
+_DEAD_SECONDS = 3600.0
+"""A download to which nothing was added for so long is a killed process's: the object store's client waits a minute."""
 
 
 class GuardedStream(Stream):  # type: ignore[misc]  # untyped
@@ -63,8 +66,10 @@ class GuardedStream(Stream):  # type: ignore[misc]  # untyped
         folder = local / split
         self.files = {file.name: file for file in index.parse_index(listing, self.source or str(folder))}
         cached = folder / index.FILE
-        if self.source and not (cached.is_file() and cached.read_bytes() == listing):
-            storage.write_bytes(str(cached), listing)
+        if self.source:
+            _remove_dead_downloads(folder)
+            if not (cached.is_file() and cached.read_bytes() == listing):
+                storage.write_bytes(str(cached), listing)
         for file in self.files.values():
             path = folder / file.name
             found = path.stat().st_size if path.is_file() else None
@@ -219,6 +224,13 @@ def _release(memories: Sequence[SharedMemory], owner: int) -> None:
     if os.getpid() == owner:
         for memory in memories:
             memory.cleanup()
+
+
+def _remove_dead_downloads(folder: Path) -> None:
+    for attempt in folder.glob(".*"):
+        with suppress(FileNotFoundError):  # another reader removes it too
+            if time.time() - attempt.stat().st_mtime > _DEAD_SECONDS:
+                attempt.unlink()
 
 
 def _remove_locks(paths: Sequence[Path], owner: int) -> None:

@@ -126,6 +126,21 @@ def test_cut_cache_file_is_fetched_again(s3_ref: ShardsRef, tmp_path: Path) -> N
     assert ExampleReader([s3_ref], "train", tmp_path / "cache").example(0) == expected
 
 
+def test_downloads_of_killed_processes_go(s3_ref: ShardsRef, tmp_path: Path) -> None:
+    """Catches a cache that grows by a shard or two with every kill, and the removal of a download that goes on."""
+    reader = ExampleReader([s3_ref], "train", tmp_path / "cache")
+    reader.example(0)
+    (shard,) = (tmp_path / "cache").rglob("*.mds")
+    dead, alive = (shard.with_name(f".{name}.shard.00001.mds") for name in ("dead", "alive"))
+    for attempt in (dead, alive):
+        attempt.write_bytes(b"half of it")
+    long_ago = time.time() - 2 * streaming_guards._DEAD_SECONDS
+    for path in (dead, shard):
+        os.utime(path, (long_ago, long_ago))
+    ExampleReader([s3_ref], "train", tmp_path / "cache")
+    assert (dead.exists(), alive.exists(), shard.exists()) == (False, True, True)
+
+
 def flip_a_bit(shard: Path) -> None:
     """Of the last medium: the length stays."""
     content = bytearray(shard.read_bytes())
