@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from molmo2core.model.decoder import DecoderBlock
 from molmo2core.model.molmo2 import Molmo2
-from molmo2core.model.vision_encoder import VisionBlock
 
 Forward = Callable[..., Any]
 
 
-def checkpoint_activations(model: Molmo2, *, vision_encoder: int = 0, connector: bool = False, decoder: int = 0) -> None:
-    """Have blocks keep their inputs alone for the backward pass, which computes the rest again with the same dropout.
+def checkpoint_activations(
+    model: Molmo2, *, vision_encoder: int = 0, connector: bool = False, decoder: int = 0
+) -> None:
+    """Have blocks keep their inputs alone for the backward pass, which computes the rest again, with the same dropout.
 
     Args:
         vision_encoder, decoder: every n-th block, from the first; 0 is none.
