@@ -1,4 +1,5 @@
-"""How a model lies on the ranks and computes: attention kernel, shares of a sequence, shards of parameters."""
+"""How a model lies on the ranks and computes: attention kernel, shares of a sequence, shards of parameters, blocks that
+are compiled or computed twice."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 
 from molmo2core.model.backends import select_attention
 from molmo2core.model.molmo2 import Molmo2
+from molmo2core.parallel.blocks import checkpoint_activations, compile_blocks
 from molmo2core.parallel.context_parallel import apply_context_parallel
 from molmo2core.parallel.mesh import build_mesh
 from molmo2core.training.config import TrainingConfig
@@ -25,6 +27,12 @@ def place_model(model: Molmo2, config: TrainingConfig, device_type: str) -> None
     if config.context_parallel > 1:
         mesh = build_mesh(dist.get_world_size(), config.context_parallel, device_type)
         apply_context_parallel(model, mesh.get_group("cp"))
+    if config.compile:
+        compile_blocks(model)
+    chosen = config.activation_checkpointing
+    checkpoint_activations(
+        model, vision_encoder=chosen.vision_encoder, connector=chosen.connector, decoder=chosen.decoder
+    )
 
 
 def sharding(ranks: int, checkpoint: Path | None) -> ParallelismConfig | None:
