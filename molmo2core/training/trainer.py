@@ -22,12 +22,14 @@ from torch.utils.data import DataLoader
 from molmo2core.errors import PlatformError, RecipeError
 from molmo2core.examples import Batch
 from molmo2core.loading.dataloader import worker_errors
+from molmo2core.loading.held_out import HeldOutPacks
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.packing.config import PackingConfig
 from molmo2core.training.batches import data_spec, packs_per_microbatch
 from molmo2core.training.callbacks.graceful_stop import GracefulStop
 from molmo2core.training.callbacks.group_clipping import GroupClipping
 from molmo2core.training.callbacks.group_learning_rates import GroupLearningRates
+from molmo2core.training.callbacks.held_out_answers import Answerer
 from molmo2core.training.checkpointing import checkpoint_arguments, checkpoint_to_load, disk_errors
 from molmo2core.training.composer_guards import (
     RestoreRandomState,
@@ -40,6 +42,7 @@ from molmo2core.training.config import TrainingConfig
 from molmo2core.training.optimizer import build_optimizer
 from molmo2core.training.placement import place_model, sharding
 from molmo2core.training.trainable import select_trained
+from molmo2core.training.validation import build_validation
 from molmo2core.training.watching import watching_callbacks
 from molmo2core.training.whole_weights import whole_weights
 
@@ -80,6 +83,8 @@ def train(
     name: str,
     seed: int,
     packing: PackingConfig,
+    held_out: HeldOutPacks | None = None,
+    answerer: Answerer | None = None,
     resume_from: Path | None = None,
 ) -> dict[str, torch.Tensor] | None:
     """Train `model`, from the newest checkpoint in `folder` if there is one, to the last step.
@@ -92,6 +97,8 @@ def train(
         metrics: file that rank 0 appends a line per step to (callbacks/metrics_file.py).
         name: what step lines begin with.
         packing: budgets of a pack.
+        held_out: what losses are taken on at `config.validation.interval_steps`.
+        answerer: on rank 0, who answers held-out questions at `config.validation.generation_interval_steps`.
         resume_from: folder of another training, whose newest checkpoint is taken if `folder` has none.
 
     Returns:
@@ -116,6 +123,8 @@ def train(
         name=name,
         seed=seed,
         packing=packing,
+        held_out=held_out,
+        answerer=answerer,
         resume_from=resume_from,
         stop=stop,
     )
@@ -144,6 +153,8 @@ def build_trainer(
     name: str,
     seed: int,
     packing: PackingConfig,
+    held_out: HeldOutPacks | None,
+    answerer: Answerer | None,
     resume_from: Path | None,
     stop: GracefulStop,
 ) -> Trainer:
@@ -159,10 +170,24 @@ def build_trainer(
     checkpoint = checkpoint_to_load(folder, resume_from)
     clipping = GroupClipping(config.optimizer.clip_norm)
     restore = RestoreRandomState()
+    validation = None
+    if held_out is not None:
+        validation = build_validation(
+            held_out,
+            model,
+            config,
+            device=device,
+            packing=packing,
+            metrics=metrics,
+            name=name,
+            answerer=answerer,
+        )
     model.train()
     trainer = Trainer(
-        model=TrainedMolmo2(model, z_coefficient=config.z_loss),
+        model=TrainedMolmo2(model, z_coefficient=config.z_loss, metrics=validation.metrics if validation else None),
         train_dataloader=data_spec(loader, model, config, context_rank),
+        eval_dataloader=validation.evaluator if validation else None,
+        spin_dataloaders=False,  # the loader finds its position itself, and held-out batches have none
         max_duration=Time.from_batch(config.steps),
         optimizers=build_optimizer(model, config.optimizer),
         algorithms=[clipping],
@@ -178,6 +203,7 @@ def build_trainer(
                 clipping=clipping,
                 counts=context_rank == 0,
             ),
+            *(validation.callbacks if validation else ()),
             stop,
         ],
         device=device,
