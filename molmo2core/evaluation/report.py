@@ -12,7 +12,7 @@ from molmo2core.drawing import Picture, figure
 from molmo2core.evaluation.gate import Verdict
 from molmo2core.evaluation.run import Answer
 
-_STYLE = """
+STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #1b1f24; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } th, td { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid #ddd; }
@@ -62,9 +62,9 @@ def build_report(
         [
             "<!doctype html>",
             f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
-            f"<style>{_STYLE}</style></head><body>",
+            f"<style>{STYLE}</style></head><body>",
             f"<h1>{escape(title)}</h1>",
-            _definitions(facts),
+            definitions(facts),
             "<h2>Gate</h2>",
             _verdict(verdict),
             "<h2>Held-out metrics</h2>",
@@ -122,11 +122,12 @@ def _example(example: DrawnAnswer) -> str:
     pictures = "".join(figure(picture) for picture in example.pictures)
     return (
         f'<section class="example"><strong>{escape(title)}</strong><div class="strip">{pictures}</div>'
-        f"{_definitions(text)}</section>"
+        f"{definitions(text)}</section>"
     )
 
 
-def _definitions(entries: Mapping[str, str]) -> str:
+def definitions(entries: Mapping[str, str]) -> str:
+    """A list of labels and texts, escaped."""
     lines: Iterable[str] = (f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in entries.items())
     return f"<dl>{''.join(lines)}</dl>"
 

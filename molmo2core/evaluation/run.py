@@ -148,7 +148,7 @@ def _ask(
                 question=question,
                 dataset=example.dataset,
                 uid=example.uid,
-                prompt=_prompt_text(model, prompt),
+                prompt=prompt_text(model, prompt),
                 truth=reply_of(annotation),
                 answer=text,
                 blind_answer=blind_text,
@@ -159,7 +159,7 @@ def _ask(
     return answers
 
 
-def _prompt_text(model: InferenceModel, prompt: TokenizedExample) -> str:
+def prompt_text(model: InferenceModel, prompt: TokenizedExample) -> str:
     """The question as a person reads it: the branch without the chat's role lines."""
     ids = prompt.input_ids[prompt.subsegment_ids != ROOT].tolist()
     return re.sub(r"\A\s*user\n|\n?assistant\n?\Z", "", model.preprocessor.tokenizer.decode(ids)).strip()
