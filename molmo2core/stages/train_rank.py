@@ -52,10 +52,11 @@ def train_rank(
     from molmo2core.preprocessing.preprocessor import Preprocessor
     from molmo2core.shards.reader import ExampleReader
     from molmo2core.special_tokens import load_tokenizer, tokenizer_digest
+    from molmo2core.stages.train_validation import HeldOutQuestions, open_held_out
     from molmo2core.training.trainer import start_ranks, train
 
     config, cache = section.training, folder / "cache"
-    device, group, _ = start_ranks(config)
+    device, group, context_rank = start_ranks(config)
     if base is None:
         model = initial_model(section.model, section.initial_weights, seed=section.seed, workspace=section.workspace)
     else:
@@ -68,23 +69,27 @@ def train_rank(
     with fetched_folder(section.tokenizer, section.workspace, TOKENIZER_FILES) as fetched:
         tokenizer = load_tokenizer(fetched)
         _check_tokenizer(tokenizer_digest(fetched), shards, storage.resolve(section.workspace, section.tokenizer))
+    preprocessor = Preprocessor(
+        geometry=section.model.geometry,
+        config=section.preprocessing,
+        tokenizer=tokenizer,
+        weighting=config.weighting,
+        seed=section.seed,
+    )
     loader = build_dataloader(
         read_plan(storage.fetch_committed(plan.uri, cache)),
         plan,
         ExampleReader(shards, "train", cache),
-        Preprocessor(
-            geometry=section.model.geometry,
-            config=section.preprocessing,
-            tokenizer=tokenizer,
-            weighting=config.weighting,
-            seed=section.seed,
-        ),
+        preprocessor,
         global_batch_packs=config.global_batch_packs,
         data_parallel_rank=group,
         data_parallel_size=config.data_parallel,
         num_workers=config.loader_workers,
         accept_changed_data=config.accept_changed_data,
     )
+    is_first = group == context_rank == 0
+    held_out = open_held_out(section, plan, preprocessor, cache, speaks=is_first)
+    answerer = HeldOutQuestions(folder, section, held_out, preprocessor) if held_out is not None and is_first else None
     weights = train(
         model,
         loader,
@@ -95,6 +100,8 @@ def train_rank(
         name=section.stage,
         seed=section.seed,
         packing=section.packing,
+        held_out=held_out.packs if held_out is not None else None,
+        answerer=answerer,
         resume_from=resume_from,
     )
     if weights is not None:
