@@ -30,7 +30,7 @@ from molmo2core.preprocessing.config import HighRes, PreprocessingConfig
 from molmo2core.preprocessing.image import patches
 from molmo2core.recipe.load import from_json
 from molmo2core.recipe.sections import PlanSection, ShardSection, ValidateSection
-from molmo2core.references import PackPlanRef, read_reference
+from molmo2core.references import PackPlanRef, ShardsRef, read_reference
 from molmo2core.shards.reader import ExampleReader
 from molmo2core.stages import inspect_data, plan, resolve, shard, validate
 from molmo2core.testing.loading import (
@@ -352,7 +352,7 @@ def test_points_on_what_is_not_shown_are_told(workspace: Workspace, tmp_path: Pa
 
 def test_tracks_are_drawn_on_their_frames(workspace: Workspace) -> None:
     """On the rendered corpus, whose truth is exact: the track's colour is under every mark."""
-    reference = read_reference(workspace.folder / "tracking.json", inspect_data.ShardsRef)
+    reference = read_reference(workspace.folder / "tracking.json", ShardsRef)
     section = from_json(
         resolve.run(RECIPE.read_text(), overrides=[f"workspace={workspace.folder}", SIZES])["plan_sft"], PlanSection
     )
