@@ -22,12 +22,10 @@ from molmo2core.preprocessing.preprocessor import Preprocessor
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import PackPlanRef, ShardsRef
 from molmo2core.shards.reader import ExampleReader
+from molmo2core.training.validation_files import ANSWERS, PAGES
 
 if TYPE_CHECKING:
     from molmo2core.model.molmo2 import Molmo2
-
-ANSWERS = "answers.jsonl"
-PAGES = "answers"
 
 
 @dataclass(frozen=True, kw_only=True)

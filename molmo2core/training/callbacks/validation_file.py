@@ -12,12 +12,10 @@ from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
 
 from molmo2core.loading.deviations import keep_lines_up_to
+from molmo2core.training.validation_files import VALIDATION
 
 if TYPE_CHECKING:
     from composer import Logger, State
-
-VALIDATION = "validation.jsonl"
-"""File beside a training's metrics, whose lines are one a step: a line for each validation."""
 
 
 class ValidationFile(Callback):  # type: ignore[misc]
