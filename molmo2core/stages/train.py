@@ -35,6 +35,7 @@ from molmo2core.stages.report import StageReport
 from molmo2core.stages.train_rank import METRICS, WEIGHTS
 from molmo2core.stages.train_resume import exclusive, resume_folder, taken_up
 from molmo2core.stages.train_tracking import following
+from molmo2core.training.validation_files import ANSWERS, PAGES, VALIDATION
 
 FORMAT = 5
 """Version of what training computes: part of the key."""
@@ -43,6 +44,7 @@ _NOT_THE_TRAINED_RESULT = (
     "save_interval_steps",
     "loader_workers",
     "log_interval_steps",
+    "validation",
     "activation_checkpointing",
     "spike_guard",
     "peak_teraflops",
@@ -157,12 +159,17 @@ def _train(
         with following(folder, section, key=key, inputs=[reference for _, reference in inputs]):
             run_torchrun("molmo2core.stages.train_rank", arguments, num_processes=section.training.num_processes)
     metrics, deviations = read_lines(folder / METRICS), read_lines(folder / DEVIATIONS)
-    facts = training_facts(metrics, deviations) | {"seconds": round(time.monotonic() - started, 1)}
+    validations = read_lines(folder / VALIDATION)
+    facts = training_facts(metrics, deviations, validations) | {"seconds": round(time.monotonic() - started, 1)}
 
     def fill(destination: Path) -> dict[str, Any]:
         shutil.copytree(folder / WEIGHTS, destination, dirs_exist_ok=True)
-        timeless = [{name: line[name] for name in line if name not in _TIMES} for line in metrics]
-        (destination / METRICS).write_text("".join(json.dumps(line) + "\n" for line in timeless))
+        for log, lines in ((METRICS, metrics), (VALIDATION, validations), (ANSWERS, read_lines(folder / ANSWERS))):
+            timeless = [{name: line[name] for name in line if name not in _TIMES} for line in lines]
+            if timeless or log == METRICS:
+                (destination / log).write_text("".join(json.dumps(line) + "\n" for line in timeless))
+        if (folder / PAGES).is_dir():
+            shutil.copytree(folder / PAGES, destination / PAGES)
         if deviations:
             shutil.copyfile(folder / DEVIATIONS, destination / DEVIATIONS)
         return {"stage": section.stage, "key": key, "facts": facts}
@@ -171,7 +178,9 @@ def _train(
     shutil.rmtree(folder)
 
 
-def training_facts(metrics: list[dict[str, Any]], deviations: list[dict[str, Any]]) -> dict[str, float]:
+def training_facts(
+    metrics: list[dict[str, Any]], deviations: list[dict[str, Any]], validations: list[dict[str, Any]]
+) -> dict[str, float]:
     """What the steps of a whole training add up to; losses only if there was a step."""
     totals = {name: float(sum(line[name] for line in metrics)) for name in ("packs", "examples", "tokens")}
     facts = {"steps": float(len(metrics)), **totals}
@@ -186,6 +195,8 @@ def training_facts(metrics: list[dict[str, Any]], deviations: list[dict[str, Any
             "waited_for_data_seconds": round(sum(line["waits"]["for_data"] for line in metrics), 1),
             "replaced_examples": float(metrics[-1]["replaced"]),
         }
+    if validations:
+        facts["validation_loss"] = validations[-1]["loss"]
     changed = [line["step"] for line in deviations if line["kind"] == CHANGED_DATA]
     return facts | ({"data_changed_at_step": float(changed[-1])} if changed else {})
 
