@@ -158,14 +158,18 @@ class Batch(TypedDict):
     """
 
     packs: list[dict[str, torch.Tensor]]
+    pack_numbers: list[int]
+    """Place of each pack in its plan."""
     uids: list[tuple[str, ...]]
+    datasets: list[tuple[str, ...]]
+    """Of each example, by pack."""
+    tasks: list[tuple[tuple[str, ...], ...]]
+    """[pack][example][branch] task names."""
     loss_weight: float
     """Sum of loss weights of all packs."""
     num_tokens: int
     num_examples: int
     num_crops: int
-    drawn: dict[str, int]
-    """Examples by dataset."""
     deviations: list[Deviation]
     """From the plan."""
     data_wait_seconds: float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +28,11 @@ INDEX_BYTES = torch.empty(0, dtype=_TENSORS["pooling"]).element_size()
 
 
 def collate_packs(
-    packs: Sequence[PackedExample], *, datasets: Sequence[str] = (), deviations: Sequence[Deviation] = ()
+    packs: Sequence[PackedExample],
+    *,
+    numbers: Sequence[int] = (),
+    datasets: Sequence[tuple[str, ...]] = (),
+    deviations: Sequence[Deviation] = (),
 ) -> Batch:
     """Tensors of each pack, unpadded, and the sums that training needs as Python numbers.
 
@@ -37,7 +40,8 @@ def collate_packs(
 
     Args:
         packs: of one rank and step, or some of them.
-        datasets: of every example in them.
+        numbers: place of each pack in its plan.
+        datasets: of every example, by pack.
         deviations: from the plan.
     """
     return Batch(
@@ -48,12 +52,14 @@ def collate_packs(
             }
             for pack in packs
         ],
+        pack_numbers=list(numbers),
         uids=[pack.uids for pack in packs],
+        datasets=list(datasets),
+        tasks=[pack.tasks for pack in packs],
         loss_weight=float(sum(pack.loss_weights.sum(dtype=np.float64) for pack in packs)),
         num_tokens=sum(len(pack.input_ids) for pack in packs),
         num_examples=sum(len(pack.uids) for pack in packs),
         num_crops=sum(len(pack.crops) for pack in packs),
-        drawn=dict(Counter(datasets)),
         deviations=list(deviations),
         data_wait_seconds=0.0,
         loader_idle_seconds=0.0,
@@ -62,17 +68,16 @@ def collate_packs(
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
     """One batch with the packs of all `parts`, in order."""
-    drawn: Counter[str] = Counter()
-    for part in parts:
-        drawn.update(part["drawn"])
     return Batch(
         packs=[pack for part in parts for pack in part["packs"]],
+        pack_numbers=[number for part in parts for number in part["pack_numbers"]],
         uids=[uids for part in parts for uids in part["uids"]],
+        datasets=[datasets for part in parts for datasets in part["datasets"]],
+        tasks=[tasks for part in parts for tasks in part["tasks"]],
         loss_weight=sum(part["loss_weight"] for part in parts),
         num_tokens=sum(part["num_tokens"] for part in parts),
         num_examples=sum(part["num_examples"] for part in parts),
         num_crops=sum(part["num_crops"] for part in parts),
-        drawn=dict(drawn),
         deviations=[deviation for part in parts for deviation in part["deviations"]],
         data_wait_seconds=sum(part["data_wait_seconds"] for part in parts),
         loader_idle_seconds=sum(part["loader_idle_seconds"] for part in parts),

@@ -118,7 +118,7 @@ class PackDataset(IterableDataset[Batch | Molmo2Error]):
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """Names that `Batch.drawn` counts by."""
+        """Names that stand in `Batch.datasets`."""
         return tuple(self._reader.ranges)
 
     def __iter__(self) -> Iterator[Batch | Molmo2Error]:
@@ -138,9 +138,10 @@ class PackDataset(IterableDataset[Batch | Molmo2Error]):
         for number in range(first, num_batches * self.packs_per_rank, step):
             if number + step < num_batches * self.packs_per_rank:
                 self._reader.prefetch(self.plan.pack(self._index(number + step))["sample"].tolist())
-            loaded = self.load(self._index(number))
-            datasets = [placed.dataset for placed in loaded.examples]
-            batch = collate_packs([loaded.pack], datasets=datasets, deviations=loaded.deviations)
+            index = self._index(number)
+            loaded = self.load(index)
+            datasets = tuple(placed.dataset for placed in loaded.examples)
+            batch = collate_packs([loaded.pack], numbers=[index], datasets=[datasets], deviations=loaded.deviations)
             batch["loader_idle_seconds"] = idle / step
             given = time.monotonic()
             yield batch

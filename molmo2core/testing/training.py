@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from molmo2core.training.config import GroupSchedule, OptimizerConfig, TrainingC
 Pack = dict[str, torch.Tensor]
 PACKING = PackingConfig(sequence_tokens=64, crop_budget=4)
 """Budgets of the packs below, by default."""
+
+
+_TREE_TASKS = ("image_qa", "image_caption") * 4
 
 
 def random_pack(config: ModelConfig, seed: int, *, tokens: int = 64, images: int = 1, branches: int = 2) -> Pack:
@@ -59,16 +62,18 @@ def random_pack(config: ModelConfig, seed: int, *, tokens: int = 64, images: int
     }
 
 
-def as_batch(packs: list[Pack]) -> Batch:
-    """A batch of `packs`, with two examples each."""
+def as_batch(packs: list[Pack], numbers: Sequence[int] = ()) -> Batch:
+    """A batch of `packs`, with two examples each.  The branches of the first are of two tasks, taking turns."""
     return Batch(
         packs=packs,
-        uids=[("a", "b")] * len(packs),
+        pack_numbers=list(numbers or range(len(packs))),
+        uids=[(f"tree-{number}", f"text-{number}") for number in numbers or range(len(packs))],
+        datasets=[("images", "texts")] * len(packs),
+        tasks=[(_TREE_TASKS, ("text",))] * len(packs),
         loss_weight=float(sum(pack["loss_weights"].sum(dtype=torch.float64) for pack in packs)),
         num_tokens=sum(len(pack["input_ids"]) for pack in packs),
         num_examples=2 * len(packs),
         num_crops=sum(len(pack["crops"]) for pack in packs),
-        drawn={"images": len(packs), "texts": len(packs)},
         deviations=[],
         data_wait_seconds=0.0,
         loader_idle_seconds=0.0,
@@ -91,7 +96,8 @@ class PackStream(IterableDataset[Batch]):
         share = self.global_batch_packs // self.groups
         while True:
             start = first + self.group * share
-            yield as_batch([self._pack(index) for index in range(start, start + share)])
+            numbers = range(start, start + share)
+            yield as_batch([self._pack(index) for index in numbers], numbers)
             first += self.global_batch_packs
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, int]:

@@ -195,6 +195,7 @@ def build_trainer(
             GroupLearningRates(config.optimizer, config.steps),
             restore,
             *watching_callbacks(
+                model,
                 config,
                 metrics=metrics,
                 name=name,

@@ -94,6 +94,7 @@ def test_batches_follow_the_plan(data: Data, reference: list[Batch]) -> None:
     """Catches shifted slots, wrong dtypes, and budgets that only the plan keeps."""
     uids = [tuple(data.examples[entry["sample"]].uid for entry in data.plan.pack(n)) for n in range(PACKS)]
     assert [pack for batch in reference for pack in batch["uids"]] == uids
+    assert [number for batch in reference for number in batch["pack_numbers"]] == list(range(PACKS))
     assert len({len(names) for names in uids}) > 1, "packs of several sizes"
     without_media = 0
     for batch in reference:
@@ -316,7 +317,8 @@ def test_broken_media_are_replaced_in_their_pack(
     assert len(expected) >= 2
     assert any(deviation.by for deviation in expected)
     assert [deviation for batch in made[0] for deviation in batch["deviations"]] == expected
-    assert sum(sum(batch["drawn"].values()) for batch in made[0]) == sum(len(uids) for uids, _ in packs)
+    drawn = sum(len(names) for batch in made[0] for names in batch["datasets"])
+    assert drawn == sum(len(uids) for uids, _ in packs)
     printed = capfd.readouterr().err
     assert "replaced: images/images-train-3: images-train-3: truncated JPEG; " in printed
     assert "stands in" in printed
@@ -499,9 +501,9 @@ def test_too_little_shared_memory_is_an_error_before_training(data: Data, monkey
 def test_batches_tell_what_was_drawn(reference: list[Batch]) -> None:
     """Catches counts of another pack than the tensors'."""
     for batch in reference:
-        names = [uid.partition("-")[0] for uids in batch["uids"] for uid in uids]
-        assert batch["drawn"] == {name: names.count(name) for name in set(names)}
-        assert batch["num_examples"] == len(names)
+        names = [tuple(uid.partition("-")[0] for uid in uids) for uids in batch["uids"]]
+        assert batch["datasets"] == names
+        assert batch["num_examples"] == sum(map(len, names))
         assert batch["num_crops"] == sum(len(pack["crops"]) for pack in batch["packs"])
 
 

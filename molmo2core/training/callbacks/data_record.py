@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from composer import Callback
 from composer.utils import dist
 
 from molmo2core.examples import Deviation
@@ -22,6 +24,7 @@ from molmo2core.loading.deviations import (
 from molmo2core.loading.provenance import Change
 from molmo2core.packing.config import PackingConfig
 from molmo2core.training.callbacks.metrics_file import read_metrics
+from molmo2core.training.callbacks.step_record import OwnNumbers, StepSource
 
 if TYPE_CHECKING:
     from composer import Logger, State
@@ -41,8 +44,10 @@ class DataSource(Protocol):
         """Accepted differences from the data of the checkpoint that was resumed from."""
 
 
-class DataRecord(Callback):  # type: ignore[misc]
-    """Sums the small numbers of all ranks' batches in one all-reduce a step; MetricsFile writes them.
+class DataRecord(StepSource):
+    """`packs`, `tokens`, `examples` and `crops` of all ranks' batches; `fill` of the packs' budgets (tokens, crops);
+    `drawn` (examples by dataset); `replaced` (broken media since step 0); `waits` in seconds: `for_data`, training's,
+    of the slowest rank, and `for_device`, a loader worker's, on average.
 
     Rank 0 appends every deviation to `deviations.jsonl` beside the metrics.  Too many broken media end training on
     all ranks at once; they are counted over all ranks and steps, also those before a resume.
@@ -56,10 +61,7 @@ class DataRecord(Callback):  # type: ignore[misc]
 
     def __init__(self, metrics: Path, *, source: DataSource, packing: PackingConfig, counts: bool) -> None:
         self.metrics, self.source, self.packing, self.counts = metrics, source, packing, counts
-        self.line: dict[str, Any] = {}
-        """Of the last step: `examples`, `crops`, `fill` (tokens, crops), `drawn` (examples by dataset), `waits`
-        (seconds: `for_data`, training's, of the slowest rank; `for_device`, a worker's, on average), `replaced`
-        (since step 0)."""
+        self._deviations: list[Deviation] = []
         self._record = DeviationRecord()
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -78,48 +80,54 @@ class DataRecord(Callback):  # type: ignore[misc]
         self._record = DeviationRecord()
         self._record.add([Deviation(**{name: line[name] for name in fields}) for line in lines], drawn)
 
-    def batch_end(self, state: State, logger: Logger) -> None:
-        """Sum over ranks.
+    def own(self, state: State) -> OwnNumbers:
+        """Counts of this rank's batch."""
+        batch: Batch = state.batch
+        drawn = Counter(itertools.chain.from_iterable(batch["datasets"]))
+        self._deviations = batch["deviations"] if self.counts else []
+        counts = {
+            "tokens": batch["num_tokens"],
+            "crops": batch["num_crops"],
+            "packs": len(batch["packs"]),
+            "examples": batch["num_examples"],
+            "deviations": len(batch["deviations"]),
+        }
+        counts |= {f"of {name}": drawn[name] for name in self.source.datasets}
+        waits = {"for_data": batch["data_wait_seconds"], "for_device": batch["loader_idle_seconds"]}
+        return OwnNumbers(summed={name: count * self.counts for name, count in counts.items()}, each=waits)
+
+    def fields(self, step: int, summed: Mapping[str, float], each: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+        """See the class.
 
         Raises:
             DataError: too many media are broken (loading/deviations.py).
         """
-        batch: Batch = state.batch
-        names, ranks = self.source.datasets, dist.get_world_size()
-        deviations = batch["deviations"] if self.counts else []
-        counts = [batch["num_tokens"], batch["num_crops"], len(batch["packs"]), batch["num_examples"]]
-        counts += [batch["drawn"].get(name, 0) for name in names]
-        waits = torch.zeros(ranks, 2, dtype=torch.float64)
-        waits[dist.get_global_rank()] = torch.tensor([batch["data_wait_seconds"], batch["loader_idle_seconds"]])
-        own = torch.tensor(counts, dtype=torch.float64) * self.counts
-        sums = torch.cat([own, torch.tensor([len(deviations)], dtype=torch.float64), waits.flatten()])
-        if ranks > 1:
-            sums = state.device.tensor_to_device(sums)
-            dist.all_reduce(sums, reduce_operation="SUM")
-        tokens, crops, packs, examples, *drawn = sums[: len(counts)].tolist()
-        if sums[len(counts)]:
-            everybodys = dist.all_gather_object(deviations) if ranks > 1 else [deviations]
+        deviations = self._deviations
+        if summed["deviations"]:
+            everybodys = dist.all_gather_object(deviations) if dist.get_world_size() > 1 else [deviations]
             deviations = [deviation for ranks_own in everybodys for deviation in ranks_own]
-        waits = sums[len(counts) + 1 :].reshape(ranks, 2)
-        self._record.add(deviations, int(examples))
-        self.line = {
-            "examples": int(examples),
-            "crops": int(crops),
-            "fill": {
-                "tokens": round(tokens / (packs * self.packing.sequence_tokens), 4),
-                "crops": round(crops / (packs * max(self.packing.crop_budget, 1)), 4),
-            },
-            "drawn": {name: int(count) for name, count in zip(names, drawn, strict=True) if count},
-            "replaced": self._record.num_replaced,
-            "waits": {
-                "for_data": round(float(waits[:, 0].max()), 4),
-                "for_device": round(float(waits[:, 1].mean()), 4),
-            },
-        }
-        step = int(state.timestamp.batch.value)
+        self._record.add(deviations, int(summed["examples"]))
         if deviations and dist.get_global_rank() == 0:
             append_lines(self._file, step, deviations)
         self._record.check(f"training step {step}")
+        drawn = {name: int(summed[f"of {name}"]) for name in self.source.datasets}
+        packs, packing = summed["packs"], self.packing
+        return {
+            "packs": int(packs),
+            "tokens": int(summed["tokens"]),
+            "examples": int(summed["examples"]),
+            "crops": int(summed["crops"]),
+            "fill": {
+                "tokens": round(summed["tokens"] / (packs * packing.sequence_tokens), 4),
+                "crops": round(summed["crops"] / (packs * max(packing.crop_budget, 1)), 4),
+            },
+            "drawn": {name: count for name, count in drawn.items() if count},
+            "replaced": self._record.num_replaced,
+            "waits": {
+                "for_data": round(max(each["for_data"]), 4),
+                "for_device": round(fmean(each["for_device"]), 4),
+            },
+        }
 
     @property
     def _file(self) -> Path:

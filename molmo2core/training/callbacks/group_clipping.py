@@ -1,15 +1,12 @@
-"""Clips gradients, and refuses those that are not finite."""
+"""Clips gradients; step_guard.py refuses those that are not finite."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 from composer.core import Algorithm, Event
 from torch.distributed.tensor import DTensor
-
-from molmo2core.errors import RecipeError
 
 if TYPE_CHECKING:
     from composer import Logger, State
@@ -30,11 +27,7 @@ class GroupClipping(Algorithm):  # type: ignore[misc]
         return bool(event == Event.AFTER_TRAIN_BATCH)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Clip.
-
-        Raises:
-            RecipeError: a norm is not finite.  Norms are global, so all ranks raise together, before the update.
-        """
+        """Clip.  Norms are global, so all ranks know the same."""
         for group in state.optimizers[0].param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
@@ -42,11 +35,3 @@ class GroupClipping(Algorithm):  # type: ignore[misc]
             norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
             self.norms[group["name"]] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        for name, value in self.norms.items():
-            if not math.isfinite(value):
-                raise RecipeError(
-                    f"training step {int(state.timestamp.batch.value) + 1}",
-                    found=f"gradient norm {value} in {name}",
-                    expected="a finite norm",
-                    mend="lower the learning rates; the last checkpoint before this step is whole",
-                )

@@ -16,17 +16,18 @@ from molmo2core.training.callbacks.group_clipping import GroupClipping
 if TYPE_CHECKING:
     from composer import Logger, State
 
-    from molmo2core.training.callbacks.data_record import DataRecord
+    from molmo2core.training.callbacks.step_record import StepRecord
 
 
 class MetricsFile(Callback):  # type: ignore[misc]
     """Rank 0 appends one JSON line per step, and prints a line now and then.
 
-    Fields: `step`, `loss` (cross-entropy), `z`, `learning_rate` and `gradient_norm` by group, `packs` and `tokens` of
-    the step, those of DataRecord.line, `seconds` it took and `time_ms` at its end.
+    Fields: `step`, `loss` (cross-entropy), `z`, `learning_rate` and `gradient_norm` by group, those of
+    StepRecord.line, and `time_ms` at the step's end.  docs/training.md has a table of all.
 
     Args:
-        data: a callback that comes before this one.
+        record: a callback that comes before this one.
+        print_interval: steps between printed lines; 0 prints none.
     """
 
     def __init__(
@@ -34,20 +35,20 @@ class MetricsFile(Callback):  # type: ignore[misc]
         path: Path,
         *,
         clipping: GroupClipping,
-        data: DataRecord,
+        record: StepRecord,
         steps: int,
         print_interval: int,
         name: str,
     ) -> None:
         self.path, self.clipping, self.steps, self.name = path, clipping, steps, name
-        self.data, self.print_interval = data, print_interval
+        self.record, self.print_interval = record, print_interval
         self._file: IO[str] | None = None
-        self._started = self._last = 0.0
+        self._started = 0.0
         self._first_step = 0
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drop the lines of steps that a killed run did after its last checkpoint; they will be done again."""
-        self._started = self._last = time.monotonic()
+        self._started = time.monotonic()
         self._first_step = int(state.timestamp.batch.value)
         if dist.get_global_rank() == 0:
             kept = [line for line in read_metrics(self.path) if line["step"] <= self._first_step]
@@ -60,24 +61,19 @@ class MetricsFile(Callback):  # type: ignore[misc]
         if self._file is None:
             return
         now = time.monotonic()
-        before, after = state.previous_timestamp, state.timestamp
-        step = int(after.batch.value)
+        step = int(state.timestamp.batch.value)
         line = {
             "step": step,
             "loss": state.total_loss_dict["loss/train/cross_entropy"],
             "z": state.total_loss_dict["loss/train/z"],
             "learning_rate": {group["name"]: group["lr"] for group in state.optimizers[0].param_groups},
             "gradient_norm": dict(self.clipping.norms),
-            "packs": int(after.sample.value - before.sample.value),
-            "tokens": int(after.token.value - before.token.value),
-            **self.data.line,
-            "seconds": round(now - self._last, 4),
+            **self.record.line,
             "time_ms": int(time.time() * 1000),
         }
-        self._last = now
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if step % self.print_interval == 0 or step == self.steps:
+        if self.print_interval and (step % self.print_interval == 0 or step == self.steps):
             pace = (now - self._started) / (step - self._first_step)
             left = int(pace * (self.steps - step))
             print(
