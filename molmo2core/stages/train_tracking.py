@@ -20,6 +20,7 @@ from molmo2core.recipe.load import flatten
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import PackPlanRef, Reference, ShardsRef
 from molmo2core.stages.train_rank import METRICS
+from molmo2core.training.validation_files import PAGES, VALIDATION
 
 if TYPE_CHECKING:
     from molmo2core.tracking.mlflow_run import TrackedRun
@@ -58,6 +59,9 @@ class _Follower(threading.Thread):
         self._lines = GrowingLines(folder / METRICS)
         self._drawn: Counter[str] = Counter()
         self._counted_step = self._sent_step = 0
+        self._validations = GrowingLines(folder / VALIDATION)
+        self._validated_step = 0
+        self._sent_pages: set[str] = set()
 
     def run(self) -> None:
         try:
@@ -91,6 +95,7 @@ class _Follower(threading.Thread):
                 finished = self.done.wait(_POLL_SECONDS)  # then once more, for the last lines
                 for line, drawn in self._new_lines():
                     run.log_metrics(flat_metrics(line, drawn), line["step"], line["time_ms"])
+                self._send_validations(run)
             self._send_deviations(run)
             if not self.succeeded:
                 raise _BodyFailed
@@ -113,6 +118,17 @@ class _Follower(threading.Thread):
                 found.append((line, dict(self._drawn)))
         return found
 
+    def _send_validations(self, run: TrackedRun) -> None:
+        """Losses on held-out examples, and pages of answers, which appear whole."""
+        for line in self._validations.new():
+            if line["step"] > self._validated_step:
+                self._validated_step = line["step"]
+                run.log_metrics(validation_metrics(line), line["step"], line["time_ms"])
+        for page in sorted((self.folder / PAGES).glob("step-*.html")):
+            if page.name not in self._sent_pages:
+                self._sent_pages.add(page.name)
+                run.log_artifact(page, PAGES)
+
     def _send_deviations(self, run: TrackedRun) -> None:
         """The list as an artifact; a resume on other data also as a tag, where people look first."""
         lines = list(GrowingLines(self.folder / DEVIATIONS).new())
@@ -130,6 +146,17 @@ def plan_metrics(plan: PackPlanRef) -> dict[str, float]:
     """`plan/examples_per_pack`, `plan/token_fill` and so on, from the report of the stage that made the plan."""
     metrics: dict[str, float] = plan.report.get("metrics", {})
     return {f"plan/{name}": value for name, value in metrics.items()}
+
+
+def validation_metrics(line: dict[str, Any]) -> dict[str, float]:
+    """`validation/loss`, `validation/<dataset>/loss`, `validation/loss_by_task/<task>` and so on.
+
+    Args:
+        line: of training.callbacks.validation_file.
+    """
+    metrics = {f"validation/{name}": line[name] for name in ("loss", "z", "examples", "seconds")}
+    metrics |= {f"validation/{dataset}/loss": loss for dataset, loss in line["loss_by_dataset"].items()}
+    return metrics | {f"validation/loss_by_task/{task}": loss for task, loss in line["loss_by_task"].items()}
 
 
 class GrowingLines:
