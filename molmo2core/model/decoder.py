@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from molmo2core.model.attention import AttentionMask, attend
 from molmo2core.model.cache import KeyValueCache
 from molmo2core.model.config import DecoderConfig
+from molmo2core.model.dropout import TokenDropout, drop
 from molmo2core.model.rope import rotary_table, rotate
 
 RotaryTable = tuple[Tensor, Tensor]
@@ -123,15 +124,16 @@ class DecoderBlock(nn.Module):
         x: Tensor,
         rotary: RotaryTable,
         mask: AttentionMask,
-        token_dropout: Tensor | None,
+        token_dropout: TokenDropout | None,
         cache: KeyValueCache | None,
     ) -> Tensor:
         """[B, S, W] -> [B, S, W]"""
+        branch = 2 * self.attention.layer
         if self.norm_on_input:
-            x = x + _drop(self.attention(self.attention_norm(x), rotary, mask, cache), token_dropout)
-            return x + _drop(self.mlp(self.mlp_norm(x)), token_dropout)
-        x = x + _drop(self.attention_norm(self.attention(x, rotary, mask, cache)), token_dropout)
-        return x + _drop(self.mlp_norm(self.mlp(x)), token_dropout)
+            x = x + drop(self.attention(self.attention_norm(x), rotary, mask, cache), token_dropout, branch)
+            return x + drop(self.mlp(self.mlp_norm(x)), token_dropout, branch + 1)
+        x = x + drop(self.attention_norm(self.attention(x, rotary, mask, cache)), token_dropout, branch)
+        return x + drop(self.mlp_norm(self.mlp(x)), token_dropout, branch + 1)
 
 
 class DecoderStack(nn.Module):
@@ -147,7 +149,7 @@ class DecoderStack(nn.Module):
         x: Tensor,
         position_ids: Tensor,
         mask: AttentionMask,
-        token_dropout: Tensor | None = None,
+        token_dropout: TokenDropout | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """[B, S, W] -> [B, S, W]
@@ -155,7 +157,7 @@ class DecoderStack(nn.Module):
         Args:
             position_ids: int64 [B, S].
             mask: rule of the whole sequence; a step after the prefill follows the cache instead.
-            token_dropout: [B, S] drop probability of each token's residual branches, or None.
+            token_dropout: of each token's residual branches, or None.
         """
         config = self.config
         plain = rotary_table(position_ids, config.head_dim, config.rope_theta)
@@ -186,10 +188,3 @@ class Decoder(nn.Module):
     def head_weight(self) -> Tensor:
         """[V, W] rows of the base vocabulary only: new tokens can never be predicted."""
         return self.embedding.base if self.head is None else self.head
-
-
-def _drop(x: Tensor, token_dropout: Tensor | None) -> Tensor:
-    if token_dropout is None:
-        return x
-    keep = 1 - token_dropout[..., None].to(x.dtype)
-    return x * torch.bernoulli(keep.expand_as(x)) / keep

@@ -17,6 +17,7 @@ from molmo2core.model.cache import KeyValueCache
 from molmo2core.model.config import ModelConfig
 from molmo2core.model.connector import Connector, no_visual_tokens
 from molmo2core.model.decoder import Decoder
+from molmo2core.model.dropout import TokenDropout
 from molmo2core.model.vision_encoder import VisionEncoder
 from molmo2core.special_tokens import EXTRA_TOKENS, IM_PATCH
 
@@ -47,7 +48,7 @@ class Molmo2(nn.Module):
         mask: AttentionMask,
         crops: Tensor,
         pooling: Tensor,
-        token_dropout: Tensor | None = None,
+        token_dropout: TokenDropout | None = None,
         cache: KeyValueCache | None = None,
         exchange: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:

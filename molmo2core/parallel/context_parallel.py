@@ -23,6 +23,7 @@ from torch import Tensor
 from molmo2core.errors import RecipeError
 from molmo2core.model.attention import AttentionMask
 from molmo2core.model.decoder import Attend, DecoderAttention, DecoderStack
+from molmo2core.model.dropout import TokenDropout
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.parallel.batch_sharding import shard_of
 from molmo2core.parallel.ranks import check_heads
@@ -44,7 +45,10 @@ def apply_context_parallel(model: Molmo2, group: dist.ProcessGroup) -> None:
                 expected="a length that is a multiple of the ranks",
             )
         rank, size = group.rank(), group.size()
-        dropout = None if token_dropout is None else shard_of(token_dropout, rank, size, dim=1)
+        dropout = token_dropout and TokenDropout(
+            probabilities=shard_of(token_dropout.probabilities, rank, size, dim=1),
+            keys=shard_of(token_dropout.keys, rank, size, dim=1),
+        )
         return (shard_of(x, rank, size, dim=1), shard_of(position_ids, rank, size, dim=1), mask, dropout, *cache)
 
     model.decoder.stack.register_forward_pre_hook(cut_inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from composer import DataSpec
@@ -18,9 +19,11 @@ MERGED_TOKENS = 8192
 """On a CPU, packs are merged into passes of at most this many tokens."""
 
 
-def data_spec(loader: DataLoader[Batch], model: Molmo2, config: TrainingConfig, context_rank: int) -> DataSpec:
-    """How Composer splits and counts a rank's batch."""
-    maker = microbatch_maker(model, config, context_rank)
+def data_spec(
+    loader: DataLoader[Batch], model: Molmo2, config: TrainingConfig, context_rank: int, *, seed: int
+) -> DataSpec:
+    """How Composer splits and counts a rank's batch; `seed` is that of dropout."""
+    maker = replace(microbatch_maker(model, config, context_rank), seed=seed)
     counts = int(context_rank == 0)  # of ranks that share packs, one counts them
 
     def num_tokens(batch: Mapping[str, Any]) -> dict[str, int | float]:

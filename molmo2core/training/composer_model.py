@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from molmo2core.model.attention import AttentionMask
+from molmo2core.model.dropout import TokenDropout
 from molmo2core.model.loss import LossParts, weighted_loss
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.parallel.fsdp import fsdp_units
@@ -37,13 +38,16 @@ class TrainedMolmo2(ComposerModel):  # type: ignore[misc]
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Hidden states [1, N, W] of this rank's share of the sequence."""
+        dropout = None
+        if batch["token_dropout"] is not None:
+            dropout = TokenDropout(probabilities=batch["token_dropout"], keys=batch["dropout_keys"])
         hidden: Tensor = self.model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
             mask=AttentionMask(batch["subsegment_ids"], batch["is_visual"]),
             crops=batch["crops"],
             pooling=batch["pooling"],
-            token_dropout=batch["token_dropout"],
+            token_dropout=dropout,
         )
         return hidden
 
