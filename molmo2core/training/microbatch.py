@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Self, TypedDict
 
 import torch
+import torch.nn.functional as F
 
 from molmo2core.annotations import TASKS
 from molmo2core.examples import DOCUMENT, PADDING, Batch
+from molmo2core.model.dropout import TokenDropout, dropout_keys
 from molmo2core.parallel.batch_sharding import pad_pack, shard_of
 from molmo2core.training.config import DropoutConfig
 
@@ -38,6 +40,8 @@ class Microbatch(TypedDict):
     """[1, S]"""
     token_dropout: torch.Tensor | None
     """[1, S] drop probability, or None where all are 0."""
+    dropout_keys: torch.Tensor | None
+    """[1, S] of model/dropout.py, or None without dropout."""
     crops: torch.Tensor
     """[C, P, D]"""
     pooling: torch.Tensor
@@ -66,21 +70,26 @@ class MicrobatchMaker:
 
     im_patch_id: int
     dropout: DropoutConfig
+    seed: int = 0
+    """Of dropout."""
     context_rank: int = 0
     context_size: int = 1
 
     def split(self, batch: Batch, packs_per_microbatch: int | float) -> list[Microbatch]:
         """Microbatches of `packs_per_microbatch` packs each, in order."""
         size = int(packs_per_microbatch)
-        packs, tasks = batch["packs"], batch["tasks"]
-        starts = range(0, len(packs), size)
-        return [self.make(packs[start : start + size], tasks[start : start + size]) for start in starts]
+        cuts = [slice(start, start + size) for start in range(0, len(batch["packs"]), size)]
+        packs, tasks, numbers = batch["packs"], batch["tasks"], batch["pack_numbers"]
+        return [self.make(packs[cut], tasks[cut], numbers[cut]) for cut in cuts]
 
-    def make(self, packs: Sequence[Pack], tasks: Sequence[Tasks] = ()) -> Microbatch:
+    def make(
+        self, packs: Sequence[Pack], tasks: Sequence[Tasks] = (), numbers: Sequence[int] | None = None
+    ) -> Microbatch:
         """One microbatch of `packs`.
 
         Args:
             tasks: of each pack, task names [example][branch]; none: unknown.
+            numbers: of each pack in its plan, from which its dropout follows; None: 0, 1, ...
         """
         pack = pad_pack(with_visual_input(merge_packs(packs), self.im_patch_id), self.context_size)
         targets, weights = (
@@ -88,12 +97,14 @@ class MicrobatchMaker:
         )
         branches = [names for pack_tasks in tasks for names in pack_tasks]
         task_ids = shard_of(tasks_of_tokens(pack["subsegment_ids"], branches), self.context_rank, self.context_size)
+        dropout = self._token_dropout(packs, range(len(packs)) if numbers is None else numbers, pack["loss_weights"])
         return Microbatch(
             input_ids=pack["input_ids"][None],
             position_ids=pack["position_ids"][None],
             subsegment_ids=pack["subsegment_ids"][None],
             is_visual=pack["is_visual"][None],
-            token_dropout=self._token_dropout(pack["loss_weights"]),
+            token_dropout=None if dropout is None else dropout.probabilities,
+            dropout_keys=None if dropout is None else dropout.keys,
             crops=pack["crops"],
             pooling=pack["pooling"],
             target_ids=targets,
@@ -103,11 +114,21 @@ class MicrobatchMaker:
             num_packs=len(packs),
         )
 
-    def _token_dropout(self, loss_weights: torch.Tensor) -> torch.Tensor | None:
-        dropout = self.dropout
-        if not dropout.residual and not dropout.on_responses:
+    def _token_dropout(
+        self, packs: Sequence[Pack], numbers: Sequence[int], loss_weights: torch.Tensor
+    ) -> TokenDropout | None:
+        """Of merged packs, of which `loss_weights` are; what is added to them is dropped with keys of 0."""
+        config = self.dropout
+        if not config.residual and not config.on_responses:
             return None
-        return torch.where(loss_weights > 0, dropout.on_responses, dropout.residual)[None]
+        keys = [
+            dropout_keys(self.seed, number, len(pack["input_ids"])) for pack, number in zip(packs, numbers, strict=True)
+        ]
+        added = len(loss_weights) - sum(map(len, keys))
+        return TokenDropout(
+            probabilities=torch.where(loss_weights > 0, config.on_responses, config.residual)[None],
+            keys=F.pad(torch.cat(keys), (0, added))[None],
+        )
 
 
 def tasks_of_tokens(subsegment_ids: torch.Tensor, tasks: Sequence[Sequence[str]]) -> torch.Tensor:
