@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import sys
 import time
 import uuid
 import weakref
@@ -44,6 +45,8 @@ from molmo2core.shards import index
 from molmo2core.shards.mds import HASH, file_checksum
 
 _NUMBERS = 10**12
+PAUSES_SECONDS = (1.0, 3.0, 10.0, 20.0, 30.0)
+"""Between tries to download a shard from an object store that fails."""
 _DEAD_SECONDS = 3600.0
 """A download to which nothing was added for so long is a killed process's: the object store's client waits a minute."""
 
@@ -113,7 +116,7 @@ class GuardedStream(Stream):  # type: ignore[misc]  # untyped
         attempt = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
         try:
             source = storage.join(self.source, from_basename)
-            storage.download(source, attempt)
+            _download_patiently(source, attempt)
             self._check(attempt, self.files[from_basename], source)
             os.replace(attempt, path)
         finally:
@@ -224,6 +227,24 @@ def _release(memories: Sequence[SharedMemory], owner: int) -> None:
     if os.getpid() == owner:
         for memory in memories:
             memory.cleanup()
+
+
+def _download_patiently(source: str, destination: Path) -> None:
+    """An object store that restarts takes longer than its client's three quick tries; a long training outlives that.
+
+    Raises:
+        DataError: there is no such object, or no access to it: at once.
+        PlatformError: the store failed for about a minute; or the disk is full, which is said at once.
+    """
+    for pause in (*PAUSES_SECONDS, 0.0):
+        try:
+            storage.download(source, destination)
+            return
+        except PlatformError as error:
+            if not pause or error.where != source:
+                raise
+            print(f"shards: {error}; next try in {pause:g} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
 
 
 def _remove_dead_downloads(folder: Path) -> None:

@@ -141,6 +141,30 @@ def test_downloads_of_killed_processes_go(s3_ref: ShardsRef, tmp_path: Path) -> 
     assert (dead.exists(), alive.exists(), shard.exists()) == (False, True, True)
 
 
+def test_an_object_store_that_restarts_is_waited_for(
+    s3_ref: ShardsRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody listens for a while, then the server again.  boto3 alone gives up after 0.2 s, and days of training with
+    it; one that never comes back is an error of the platform."""
+    monkeypatch.setattr(streaming_guards, "PAUSES_SECONDS", (0.1,) * 4)
+    reader = ExampleReader([s3_ref], "train", tmp_path / "cache")
+    endpoint = os.environ["AWS_ENDPOINT_URL_S3"]
+
+    def lead_to(address: str) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
+        storage._client.cache_clear()
+
+    lead_to("http://127.0.0.1:9")
+    with pytest.raises(PlatformError, match="Could not connect"):
+        reader.example(0)
+    assert len(re.findall(r"Could not connect .* next try in 0\.1 s", capsys.readouterr().err)) == 4
+    back = threading.Timer(0.3, lead_to, [endpoint])
+    back.start()
+    assert reader.example(0).uid == "a-train-0"
+    back.join()
+    assert "next try" in capsys.readouterr().err
+
+
 def flip_a_bit(shard: Path) -> None:
     """Of the last medium: the length stays."""
     content = bytearray(shard.read_bytes())
