@@ -71,9 +71,17 @@ def _require(holds: bool, place: str, found: str, expected: str, mend: str = "")
 def _check_numbers(stage: StageRecipe, place: str) -> None:
     _require(stage.steps >= 0, place, f"steps {stage.steps}", "0 or more")
     counts = ("global_batch_packs", "num_processes", "num_nodes", "context_parallel")
-    for name in (*counts, "save_interval_steps", "log_interval_steps"):
+    saving = ("save_interval_steps", "checkpoints_kept", "failed_saves_allowed")
+    for name in (*counts, *saving, "log_interval_steps"):
         value = getattr(stage, name)
         _require(value >= 1, place, f"{name} {value}", "1 or more")
+    kept, interval = stage.keep_every_steps, stage.save_interval_steps
+    _require(
+        kept >= 0 and kept % interval == 0,
+        place,
+        f"keep_every_steps {kept} with save_interval_steps {interval}",
+        "0, or a multiple of save_interval_steps: what was not saved cannot be kept",
+    )
     for name in ("loader_workers", "threads_per_process"):
         value = getattr(stage, name)
         _require(value >= 0, place, f"{name} {value}", "0 or more")

@@ -4,8 +4,8 @@
     start the ranks (train_rank) -> follow their metrics into MLflow -> commit the weights -> delete the resume folder
 
 While it trains, everything to go on from lies beside the destination, in `<key>.resume`; killed at any moment and
-run again, training goes on from the last checkpoint to bit-identical weights.  For an `s3://` workspace that folder
-lies in this machine's cache, so that only the same machine can go on; the weights are committed to the store.
+run again, training goes on from the last whole checkpoint to bit-identical weights.  For an `s3://` workspace that
+folder lies in this machine's cache, and each checkpoint is copied to the store, from where another machine goes on.
 
 Another recipe has another key and starts at step 0.  `resume_from` goes on from another key's unfinished training
 instead; if data, mixture or limits differ from that one's, only with `accept_changed_data`, which is recorded.
@@ -33,14 +33,19 @@ from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import CheckpointRef, PackPlanRef, Reference, ShardsRef, read_reference, write_reference
 from molmo2core.stages.report import StageReport
 from molmo2core.stages.train_rank import METRICS, WEIGHTS
-from molmo2core.stages.train_resume import exclusive, resume_folder, taken_up
+from molmo2core.stages.train_resume import exclusive, remove_all_but_lasting, resume_place, taken_up
 from molmo2core.stages.train_tracking import following
+from molmo2core.stages.train_upload import UPLOADS, uploading
+from molmo2core.training.checkpoint_folders import SAVES, CheckpointPlace
 from molmo2core.training.validation_files import ANSWERS, PAGES, VALIDATION
 
 FORMAT = 5
 """Version of what training computes: part of the key."""
 _NOT_THE_RESULT = ("workspace", "run_name", "recipe_fingerprint", "tracking")
 _NOT_THE_TRAINED_RESULT = (
+    "checkpoints_kept",
+    "keep_every_steps",
+    "failed_saves_allowed",
     "save_interval_steps",
     "loader_workers",
     "log_interval_steps",
@@ -77,8 +82,9 @@ def run(section: TrainSection, *, plan: Path, base: Path | None, output: Path) -
     uri = storage.join(section.workspace, "checkpoints", section.stage, key)
     reused = storage.is_committed(uri)
     if not reused:
-        with exclusive(resume_folder(uri)) as folder:
-            _train(section, plan_ref, base_ref, key=key, uri=uri, folder=folder)
+        place = resume_place(uri)
+        with exclusive(place.folder):
+            _train(section, plan_ref, base_ref, key=key, uri=uri, place=place)
     found = storage.open_committed(uri)
     seconds = time.monotonic() - started
     numbers = {name: float(value) for name, value in found.meta["facts"].items()}
@@ -141,11 +147,12 @@ def _train(
     *,
     key: str,
     uri: str,
-    folder: Path,
+    place: CheckpointPlace,
 ) -> None:
     if storage.is_committed(uri):  # by whoever held the folder before
         return
-    arguments = ["--folder", str(folder)]
+    config, folder = section.training, place.folder
+    arguments = ["--folder", str(folder), "--store", place.store]
     storage.write_bytes(str(folder / "section.json"), to_json(section).encode())
     arguments += ["--section", str(folder / "section.json")]
     inputs: list[tuple[str, Reference]] = [("plan", plan)] + ([("base", base)] if base is not None else [])
@@ -154,13 +161,18 @@ def _train(
         arguments += [f"--{name}", str(folder / f"{name}.json")]
     started = time.monotonic()
     stage_uri = storage.join(section.workspace, "checkpoints", section.stage)
-    with taken_up(section, stage_uri, folder) as other:
-        arguments += ["--resume-from", str(other)] if other is not None else []
-        with following(folder, section, key=key, inputs=[reference for _, reference in inputs]):
-            run_torchrun("molmo2core.stages.train_rank", arguments, num_processes=section.training.num_processes)
+    with taken_up(section, stage_uri, place) as other:
+        arguments += ["--resume-from", str(other.folder), "--resume-store", other.store] if other is not None else []
+        with (
+            uploading(place, config, section.stage),
+            following(folder, section, key=key, inputs=[reference for _, reference in inputs]),
+        ):
+            run_torchrun("molmo2core.stages.train_rank", arguments, num_processes=config.num_processes)
     metrics, deviations = read_lines(folder / METRICS), read_lines(folder / DEVIATIONS)
     validations = read_lines(folder / VALIDATION)
     facts = training_facts(metrics, deviations, validations) | {"seconds": round(time.monotonic() - started, 1)}
+    for name, log in (("failed_saves", SAVES), ("failed_uploads", UPLOADS)):
+        facts[name] = float(sum(bool(line["problem"]) for line in read_lines(folder / log)))
 
     def fill(destination: Path) -> dict[str, Any]:
         shutil.copytree(folder / WEIGHTS, destination, dirs_exist_ok=True)
@@ -175,7 +187,8 @@ def _train(
         return {"stage": section.stage, "key": key, "facts": facts}
 
     storage.commit_folder(uri, fill)
-    shutil.rmtree(folder)
+    for uri in filter(None, (str(folder), place.store)):
+        remove_all_but_lasting(uri, config.keep_every_steps)
 
 
 def training_facts(

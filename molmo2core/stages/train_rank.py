@@ -1,6 +1,7 @@
 """What each rank of a training stage runs; started by stages.train through launch.torchrun.
 
-    --section FILE --plan REFERENCE [--base REFERENCE] --folder FOLDER [--resume-from FOLDER]
+    --section FILE --plan REFERENCE [--base REFERENCE] --folder FOLDER [--store URI]
+    [--resume-from FOLDER [--resume-store URI]]
 
 Rank 0 leaves `metrics.jsonl` (and `deviations.jsonl`, if there are any) in FOLDER, while training, and the weights in
 FOLDER/weights, at the end.
@@ -17,6 +18,7 @@ from molmo2core.errors import CheckpointError, DataError
 from molmo2core.recipe.load import from_json
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import CheckpointRef, PackPlanRef, ShardsRef, read_reference
+from molmo2core.training.checkpoint_folders import CheckpointPlace
 
 METRICS = "metrics.jsonl"
 WEIGHTS = "weights"
@@ -29,16 +31,26 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--base", type=Path)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--store", default="")
     parser.add_argument("--resume-from", type=Path)
+    parser.add_argument("--resume-store", default="")
     options = parser.parse_args(arguments)
     section = from_json(options.section.read_text(), TrainSection)
     base = read_reference(options.base, CheckpointRef) if options.base else None
-    train_rank(section, read_reference(options.plan, PackPlanRef), base, options.folder, options.resume_from)
+    place = CheckpointPlace(folder=options.folder, store=options.store)
+    other = None
+    if options.resume_from is not None:
+        other = CheckpointPlace(folder=options.resume_from, store=options.resume_store)
+    train_rank(section, read_reference(options.plan, PackPlanRef), base, place, other)
     return 0
 
 
 def train_rank(
-    section: TrainSection, plan: PackPlanRef, base: CheckpointRef | None, folder: Path, resume_from: Path | None
+    section: TrainSection,
+    plan: PackPlanRef,
+    base: CheckpointRef | None,
+    place: CheckpointPlace,
+    resume_from: CheckpointPlace | None,
 ) -> None:
     """Build model and loader, train, and let rank 0 write the weights."""
     import torch
@@ -55,7 +67,8 @@ def train_rank(
     from molmo2core.stages.train_validation import HeldOutQuestions, open_held_out
     from molmo2core.training.trainer import start_ranks, train
 
-    config, cache = section.training, folder / "cache"
+    config, folder = section.training, place.folder
+    cache = folder / "cache"
     device, group, context_rank = start_ranks(config)
     if base is None:
         model = initial_model(section.model, section.initial_weights, seed=section.seed, workspace=section.workspace)
@@ -102,6 +115,7 @@ def train_rank(
         packing=section.packing,
         held_out=held_out.packs if held_out is not None else None,
         answerer=answerer,
+        store=place.store,
         resume_from=resume_from,
     )
     if weights is not None:

@@ -6,10 +6,6 @@ Each says what goes wrong without it; tests/unit/test_training_guards.py and tes
 from __future__ import annotations
 
 import platform
-import re
-import shutil
-import zipfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,31 +73,3 @@ class RestoreRandomState(Callback):  # type: ignore[misc]
         if self.trainer is not None and self.trainer._rng_state is not None:
             reproducibility.load_rng_state(self.trainer._rng_state)
             self.trainer._rng_state = None
-
-
-_CHECKPOINT = re.compile(r"(?:ep\d+-)?ba(\d+)(?:-rank0\.pt)?")
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`: a file on one rank, a folder of shards on several.
-
-    Composer's autoresume trusts a link that it deletes and makes anew at each save: killed in between, the next
-    run starts from step 0; and it takes a half-written file for a checkpoint.
-    """
-    found = [(int(match[1]), path) for path in folder.glob("*ba*") if (match := _CHECKPOINT.fullmatch(path.name))]
-    return next((path for _, path in sorted(found, reverse=True) if _is_whole(path)), None)
-
-
-def delete_other_checkpoints(folder: Path, kept: Path | None) -> None:
-    """Remove all checkpoints of `folder` but `kept`: Composer rotates only those of its own process."""
-    for path in folder.glob("*ba*"):
-        if path != kept and _CHECKPOINT.fullmatch(path.name):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-def _is_whole(path: Path) -> bool:
-    """torch writes a file's directory last, and a sharded checkpoint's `.metadata` after all shards, by rename."""
-    return (path / ".metadata").is_file() if path.is_dir() else zipfile.is_zipfile(path)

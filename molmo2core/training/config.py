@@ -168,6 +168,12 @@ class TrainingConfig:
     """Compile the blocks of vision encoder and decoder, and pad sequences to `packing.sequence_tokens`."""
     save_interval_steps: int
     """Steps between checkpoints to resume from."""
+    checkpoints_kept: int = 2
+    """The newest so many stay; while one is saved, there is one more."""
+    keep_every_steps: int = 0
+    """Checkpoints of the steps that this divides stay for ever, also when the stage is done; 0 is none."""
+    failed_saves_allowed: int = 3
+    """Saves that may fail one after the other; then training ends."""
     num_processes: int = 1
     """Processes (GPUs) per node."""
     num_nodes: int = 1

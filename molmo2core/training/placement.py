@@ -3,8 +3,6 @@ are compiled or computed twice."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
@@ -35,12 +33,6 @@ def place_model(model: Molmo2, config: TrainingConfig, device_type: str) -> None
     )
 
 
-def sharding(ranks: int, checkpoint: Path | None) -> ParallelismConfig | None:
-    """FSDP2 over several ranks; or in the form that `checkpoint`, perhaps of another number of ranks, was saved in.
-
-    Composer loads a file into whole state dicts only, and a folder of shards into sharded ones only.
-    """
-    if ranks == 1 and (checkpoint is None or checkpoint.is_file()):
-        return None
-    is_whole = checkpoint is not None and checkpoint.is_file()
-    return ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full" if is_whole else "sharded"))
+def sharding(ranks: int) -> ParallelismConfig | None:
+    """FSDP2 over several ranks, each of which saves its shard."""
+    return None if ranks == 1 else ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="sharded"))

@@ -26,11 +26,13 @@ from molmo2core.loading.held_out import HeldOutPacks
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.packing.config import PackingConfig
 from molmo2core.training.batches import data_spec, packs_per_microbatch
+from molmo2core.training.callbacks.checkpoint_writer import CheckpointWriter
 from molmo2core.training.callbacks.graceful_stop import GracefulStop
 from molmo2core.training.callbacks.group_clipping import GroupClipping
 from molmo2core.training.callbacks.group_learning_rates import GroupLearningRates
 from molmo2core.training.callbacks.held_out_answers import Answerer
-from molmo2core.training.checkpointing import checkpoint_arguments, checkpoint_to_load, disk_errors
+from molmo2core.training.checkpoint_folders import CheckpointPlace
+from molmo2core.training.checkpointing import checkpoint_to_load, readable, restore_records
 from molmo2core.training.composer_guards import (
     RestoreRandomState,
     average_gradients_on_gloo,
@@ -85,9 +87,10 @@ def train(
     packing: PackingConfig,
     held_out: HeldOutPacks | None = None,
     answerer: Answerer | None = None,
-    resume_from: Path | None = None,
+    store: str = "",
+    resume_from: CheckpointPlace | None = None,
 ) -> dict[str, torch.Tensor] | None:
-    """Train `model`, from the newest checkpoint in `folder` if there is one, to the last step.
+    """Train `model`, from the newest whole checkpoint in `folder` or `store` if there is one, to the last step.
 
     Args:
         model: the same weights on every rank, on CPU.
@@ -99,20 +102,24 @@ def train(
         packing: budgets of a pack.
         held_out: what losses are taken on at `config.validation.interval_steps`.
         answerer: on rank 0, who answers held-out questions at `config.validation.generation_interval_steps`.
-        resume_from: folder of another training, whose newest checkpoint is taken if `folder` has none.
+        store: `s3://` prefix with copies of its checkpoints, for a machine that has none of them.
+        resume_from: another training, whose newest checkpoint is taken if this one has none.
 
     Returns:
         On rank 0 all parameters on CPU, by Molmo2's names, adapters merged; None on other ranks.
 
     Raises:
-        PlatformError: training was asked to stop; a checkpoint of the last step done is in `folder`.  Or the disk is
-            full.
+        PlatformError: training was asked to stop; a checkpoint of the last step done is in `folder`.  Or several saves
+            failed in a row.
         RecipeError: loss or gradients are not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if config.steps == 0:
         return dict(model.state_dict()) if dist.get_global_rank() == 0 else None
     stop = GracefulStop()
+    writer = CheckpointWriter(folder, config=config, records=metrics.parent, name=name)
+    own = CheckpointPlace(folder=folder, store=store)
+    checkpoint = checkpoint_to_load([own, resume_from] if resume_from is not None else [own])
     trainer = build_trainer(
         model,
         loader,
@@ -125,18 +132,18 @@ def train(
         packing=packing,
         held_out=held_out,
         answerer=answerer,
-        resume_from=resume_from,
+        checkpoint=checkpoint,
+        writer=writer,
         stop=stop,
     )
     try:
         if trainer.state.timestamp.batch < config.steps:  # killed after the last step: only the weights are wanted
-            with disk_errors(folder), worker_errors():
+            with worker_errors():
                 trainer.fit()
         step = int(trainer.state.timestamp.batch.value)
         if stop.stopped and step < config.steps:
-            raise PlatformError(
-                name, found=f"asked to stop after step {step} of {config.steps}", mend="run it again to continue"
-            )
+            mend = f"run it again to continue from step {writer.saved_step}"
+            raise PlatformError(name, found=f"asked to stop after step {step} of {config.steps}", mend=mend)
         return whole_weights(trainer.state.model, config)
     finally:
         trainer.close()
@@ -155,10 +162,11 @@ def build_trainer(
     packing: PackingConfig,
     held_out: HeldOutPacks | None,
     answerer: Answerer | None,
-    resume_from: Path | None,
+    checkpoint: Path | None,
+    writer: CheckpointWriter,
     stop: GracefulStop,
 ) -> Trainer:
-    """Composer's Trainer with every seam of DECISIONS D9; see `train`."""
+    """Composer's Trainer with every seam of DECISIONS D9, gone on from `checkpoint`; see `train`."""
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
     name_the_processor_without_probing()
     ranks = dist.get_world_size()
@@ -167,7 +175,6 @@ def build_trainer(
         average_gradients_on_gloo()
     select_trained(model, config, seed=seed)
     place_model(model, config, "cuda" if isinstance(device, DeviceGPU) else "cpu")
-    checkpoint = checkpoint_to_load(folder, resume_from)
     clipping = GroupClipping(config.optimizer.clip_norm)
     restore = RestoreRandomState()
     validation = None
@@ -183,42 +190,47 @@ def build_trainer(
             answerer=answerer,
         )
     model.train()
-    trainer = Trainer(
-        model=TrainedMolmo2(model, z_coefficient=config.z_loss, metrics=validation.metrics if validation else None),
-        train_dataloader=data_spec(loader, model, config, context_rank, seed=seed),
-        eval_dataloader=validation.evaluator if validation else None,
-        spin_dataloaders=False,  # the loader finds its position itself, and held-out batches have none
-        max_duration=Time.from_batch(config.steps),
-        optimizers=build_optimizer(model, config.optimizer),
-        algorithms=[clipping],
-        callbacks=[
-            GroupLearningRates(config.optimizer, config.steps),
-            restore,
-            *watching_callbacks(
-                model,
-                config,
-                metrics=metrics,
-                name=name,
-                loader=loader,
-                packing=packing,
-                clipping=clipping,
-                counts=context_rank == 0,
-            ),
-            *(validation.callbacks if validation else ()),
-            stop,
-        ],
-        device=device,
-        precision=config.precision,
-        device_train_microbatch_size=packs_per_microbatch(config, device, packing.sequence_tokens),
-        accumulate_train_batch_on_tokens=True,
-        parallelism_config=sharding(ranks, checkpoint),
-        seed=seed,
-        dist_timeout=_TIMEOUT_SECONDS,
-        run_name=name,
-        progress_bar=False,
-        **checkpoint_arguments(config, folder, checkpoint),
-    )
+    if checkpoint is not None:
+        restore_records(checkpoint, metrics.parent)
+    with readable(checkpoint, ranks, folder) as load_path:
+        trainer = Trainer(
+            model=TrainedMolmo2(model, z_coefficient=config.z_loss, metrics=validation.metrics if validation else None),
+            train_dataloader=data_spec(loader, model, config, context_rank, seed=seed),
+            eval_dataloader=validation.evaluator if validation else None,
+            spin_dataloaders=False,  # the loader finds its position itself, and held-out batches have none
+            max_duration=Time.from_batch(config.steps),
+            optimizers=build_optimizer(model, config.optimizer),
+            algorithms=[clipping],
+            callbacks=[
+                GroupLearningRates(config.optimizer, config.steps),
+                restore,
+                *watching_callbacks(
+                    model,
+                    config,
+                    metrics=metrics,
+                    name=name,
+                    loader=loader,
+                    packing=packing,
+                    clipping=clipping,
+                    counts=context_rank == 0,
+                ),
+                *(validation.callbacks if validation else ()),
+                stop,
+                writer,
+            ],
+            device=device,
+            precision=config.precision,
+            device_train_microbatch_size=packs_per_microbatch(config, device, packing.sequence_tokens),
+            accumulate_train_batch_on_tokens=True,
+            parallelism_config=sharding(ranks),
+            seed=seed,
+            dist_timeout=_TIMEOUT_SECONDS,
+            run_name=name,
+            progress_bar=False,
+            load_path=load_path,
+            load_progress_bar=False,
+        )
     restore.trainer = trainer
-    if sharding(ranks, checkpoint) is not None:
+    if ranks > 1:
         check_fsdp2(trainer.state)
     return trainer

@@ -74,7 +74,7 @@ def test_a_signal_on_one_rank_stops_both_with_a_checkpoint(trained: Any) -> None
     """Would catch a rank that stops alone and leaves the other in a collective, or a stop without a checkpoint."""
     _, results = trained
     assert all("asked to stop after step 2 of 4" in result["stopped"] for result in results)
-    assert "ep0-ba2" in results[0]["saved"]
+    assert "ba2" in results[0]["saved"]
 
 
 def test_a_resumed_run_is_bit_identical(trained: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import resource
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +22,8 @@ from molmo2core.testing.tiny_model import tiny_model
 from molmo2core.testing.training import PACKING, pack_loader, training_config
 from molmo2core.testing.training_ranks import metrics_of, signal_after, train_tiny
 from molmo2core.training import trainer
-from molmo2core.training.composer_guards import RestoreRandomState, delete_other_checkpoints, newest_checkpoint
+from molmo2core.training.checkpoint_folders import saved_steps
+from molmo2core.training.composer_guards import RestoreRandomState
 from molmo2core.training.config import DropoutConfig, TrainingConfig
 from molmo2core.training.microbatch import MicrobatchMaker
 from molmo2core.training.optimizer import learning_rate
@@ -139,25 +140,8 @@ def test_zero_steps_hand_over_the_weights_as_they_are(tmp_path: Path) -> None:
     assert_identical(weights, tiny_model().state_dict())
 
 
-def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
-    """Would catch a killed save that makes every later run fail, as Composer's own autoresume would."""
-    config = training_config(save_interval_steps=2)
-    train_tiny(tmp_path, config)
-    whole = tmp_path / "ba2-rank0.pt"
-    assert newest_checkpoint(tmp_path) == tmp_path / "ba4-rank0.pt"
-    content = (tmp_path / "ba4-rank0.pt").read_bytes()
-    (tmp_path / "ba4-rank0.pt").write_bytes(content[: len(content) // 2])
-    (tmp_path / "ep0-ba6").mkdir()  # shards without .metadata
-    (tmp_path / "ep0-ba6" / "__0_0.distcp").write_bytes(b"part")
-    assert newest_checkpoint(tmp_path) == whole
-    delete_other_checkpoints(tmp_path, whole)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ba2-rank0.pt", "metrics.jsonl"]
-
-
 def test_composers_autoresume_loses_a_run_between_two_links(tmp_path: Path) -> None:
-    """The fault behind `newest_checkpoint`: Composer deletes its link before it makes the next one."""
-    train_tiny(tmp_path, training_config(save_interval_steps=2))
-    assert newest_checkpoint(tmp_path) is not None
+    """A fault behind `CheckpointWriter`: Composer deletes its link before it makes the next one."""
 
     class Seen(logging.Handler):
         def __init__(self) -> None:
@@ -172,13 +156,18 @@ def test_composers_autoresume_loses_a_run_between_two_links(tmp_path: Path) -> N
     log.addHandler(seen)
     log.setLevel(logging.INFO)
 
-    def with_autoresume(**arguments: Any) -> Trainer:
-        named = {"autoresume": True, "load_path": None, "save_latest_filename": "latest-rank{rank}.pt"}
-        return Trainer(**arguments | named)
+    def with_composers_saver(**arguments: Any) -> Trainer:
+        named = {"autoresume": True, "load_path": None, "callbacks": arguments["callbacks"][:-1]}
+        named |= {"save_folder": str(tmp_path), "save_filename": "ba{batch}.pt", "save_latest_filename": "latest.pt"}
+        return Trainer(**arguments | named, save_interval="2ba", save_overwrite=True)
 
     try:
-        with mock.patch.object(trainer, "Trainer", with_autoresume), mock.patch.dict("os.environ", NODE_RANK="0"):
-            train_tiny(tmp_path, training_config(save_interval_steps=2))
+        with mock.patch.object(trainer, "Trainer", with_composers_saver), mock.patch.dict("os.environ", NODE_RANK="0"):
+            train_tiny(tmp_path, training_config())
+            (tmp_path / "latest.pt").unlink()
+            assert (tmp_path / "ba4.pt").is_file()
+            seen.messages.clear()
+            train_tiny(tmp_path, training_config())
     finally:
         log.removeHandler(seen)
         log.setLevel(logging.NOTSET)
@@ -219,7 +208,7 @@ def test_an_infinite_loss_stops_before_a_checkpoint(tmp_path: Path) -> None:
         model.decoder.norm.weight.fill_(float("inf"))
     with pytest.raises(RecipeError, match="training step 1"):
         train_tiny(tmp_path, training_config(save_interval_steps=1), model=model)
-    assert newest_checkpoint(tmp_path) is None
+    assert saved_steps(str(tmp_path)) == []
 
 
 def test_no_process_that_may_spin_for_ever_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,22 +236,7 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> Non
     """A killed run wrote lines past its last checkpoint, the last of them in part."""
     train_tiny(tmp_path, training_config(save_interval_steps=2))
     path = tmp_path / "metrics.jsonl"
-    (tmp_path / "ba4-rank0.pt").unlink()
+    shutil.rmtree(tmp_path / "ba4")
     path.write_text(path.read_text() + '{"step": 5, "lo')
     _, lines = train_tiny(tmp_path, training_config(save_interval_steps=2))
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-
-
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    """torch says `unexpected pos`; the half-written file is not resumed from once there is space."""
-    config = training_config(save_interval_steps=1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-    try:
-        with pytest.raises(PlatformError, match=r"cannot write a checkpoint.*free space"):
-            train_tiny(tmp_path, config)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (tmp_path / "ba1-rank0.pt").exists() and newest_checkpoint(tmp_path) is None
-    _, lines = train_tiny(tmp_path, config)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
