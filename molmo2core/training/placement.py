@@ -12,7 +12,9 @@ from molmo2core.model.molmo2 import Molmo2
 from molmo2core.parallel.blocks import checkpoint_activations, compile_blocks
 from molmo2core.parallel.context_parallel import apply_context_parallel
 from molmo2core.parallel.mesh import build_mesh
-from molmo2core.training.config import TrainingConfig
+from molmo2core.training.config import ShardingConfig, ShardingPrecision, TrainingConfig
+
+_COMPOSERS_NAMES: dict[ShardingPrecision, str] = {"full": "FULL", "mixed": "DEFAULT", "pure": "PURE"}
 
 
 def place_model(model: Molmo2, config: TrainingConfig, device_type: str) -> None:
@@ -33,6 +35,17 @@ def place_model(model: Molmo2, config: TrainingConfig, device_type: str) -> None
     )
 
 
-def sharding(ranks: int) -> ParallelismConfig | None:
-    """FSDP2 over several ranks, each of which saves its shard."""
-    return None if ranks == 1 else ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="sharded"))
+def sharding(config: ShardingConfig, ranks: int) -> ParallelismConfig | None:
+    """FSDP2 over several ranks, each of which saves its shard.
+
+    One-dimensional over all ranks: Composer replaces a mesh that it is given.
+    """
+    if ranks == 1:
+        return None
+    return ParallelismConfig(
+        fsdp2=FSDP2Config(
+            state_dict_type="sharded",
+            mixed_precision=_COMPOSERS_NAMES[config.precision],
+            reshard_after_forward=config.reshard_after_forward,
+        )
+    )

@@ -222,7 +222,7 @@ def build_trainer(
             precision=config.precision,
             device_train_microbatch_size=packs_per_microbatch(config, device, packing.sequence_tokens),
             accumulate_train_batch_on_tokens=True,
-            parallelism_config=sharding(ranks),
+            parallelism_config=sharding(config.sharding, ranks),
             seed=seed,
             dist_timeout=_TIMEOUT_SECONDS,
             run_name=name,
