@@ -128,12 +128,11 @@ class DecoderBlock(nn.Module):
         cache: KeyValueCache | None,
     ) -> Tensor:
         """[B, S, W] -> [B, S, W]"""
-        branch = 2 * self.attention.layer
         if self.norm_on_input:
-            x = x + drop(self.attention(self.attention_norm(x), rotary, mask, cache), token_dropout, branch)
-            return x + drop(self.mlp(self.mlp_norm(x)), token_dropout, branch + 1)
-        x = x + drop(self.attention_norm(self.attention(x, rotary, mask, cache)), token_dropout, branch)
-        return x + drop(self.mlp_norm(self.mlp(x)), token_dropout, branch + 1)
+            x = x + drop(self.attention(self.attention_norm(x), rotary, mask, cache), token_dropout, 0)
+            return x + drop(self.mlp(self.mlp_norm(x)), token_dropout, 1)
+        x = x + drop(self.attention_norm(self.attention(x, rotary, mask, cache)), token_dropout, 0)
+        return x + drop(self.mlp_norm(self.mlp(x)), token_dropout, 1)
 
 
 class DecoderStack(nn.Module):
@@ -167,7 +166,8 @@ class DecoderStack(nn.Module):
         # No list of layers means that every layer is scaled (model.md 3.2).
         layers = config.rope_scaling_layers if config.rope_scaling_layers is not None else range(config.num_layers)
         for layer, block in enumerate(self.blocks):
-            x = block(x, scaled if layer in layers else plain, mask, token_dropout, cache)
+            dropout = token_dropout.from_branch(2 * layer) if token_dropout is not None else None
+            x = block(x, scaled if layer in layers else plain, mask, dropout, cache)
         if cache is not None:
             cache.advance()
         return x

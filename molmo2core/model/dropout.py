@@ -31,6 +31,10 @@ class TokenDropout:
     keys: Tensor
     """int32 [B, S], of `dropout_keys`."""
 
+    def from_branch(self, first: int) -> TokenDropout:
+        """Its branch 0 is this one's branch `first`: blocks then need no number, and all are one compiled program."""
+        return TokenDropout(probabilities=self.probabilities, keys=self.keys + _shift(first))
+
 
 def dropout_keys(seed: int, pack: int, length: int) -> Tensor:
     """int32 [length] keys of a pack's positions.
@@ -54,11 +58,16 @@ def drop(x: Tensor, dropout: TokenDropout | None, branch: int) -> Tensor:
         return x
     width = x.shape[-1]
     columns = _mixed(torch.arange(1, (width + 1) // 2 + 1, dtype=torch.int32, device=x.device))
-    bits = _mixed(_mixed(dropout.keys + (branch + 1) * _STREAM % (1 << 31))[..., None] ^ columns)
+    bits = _mixed(_mixed(dropout.keys + _shift(branch + 1))[..., None] ^ columns)
     dropped = (dropout.probabilities * _LEVELS).round().clamp(max=_LEVELS - 1)[..., None]
     kept = bits.view(torch.int16)[..., :width] >= (dropped - _LEVELS // 2).to(torch.int16)
     scale = _LEVELS / (_LEVELS - dropped)
     return torch.where(kept, x * scale.to(x.dtype), 0)
+
+
+def _shift(branches: int) -> int:
+    """What sets keys of different branches apart; shifts add up, modulo 2 ** 32."""
+    return (branches * _STREAM + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _mixed(x: Tensor) -> Tensor:

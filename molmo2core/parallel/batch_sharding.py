@@ -19,9 +19,11 @@ _PADDING_VALUES = {
 since padding is a document of its own."""
 
 
-def pad_pack(pack: dict[str, torch.Tensor], multiple: int) -> dict[str, torch.Tensor]:
-    """`pack` with its sequence [S] padded on the right to a multiple of `multiple`."""
-    missing = -pack["input_ids"].shape[0] % multiple
+def pad_pack(pack: dict[str, torch.Tensor], multiple: int, at_least: int = 0) -> dict[str, torch.Tensor]:
+    """`pack` with its sequence [S] padded on the right to `at_least` tokens and to a multiple of `multiple`."""
+    length = pack["input_ids"].shape[0]
+    missing = max(0, at_least - length)
+    missing += -(length + missing) % multiple
     if not missing:
         return pack
     padded = {name: F.pad(pack[name], (0, missing), value=value) for name, value in _PADDING_VALUES.items()}

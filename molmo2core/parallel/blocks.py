@@ -22,7 +22,7 @@ Forward = Callable[..., Any]
 def checkpoint_activations(
     model: Molmo2, *, vision_encoder: int = 0, connector: bool = False, decoder: int = 0
 ) -> None:
-    """Have blocks keep their inputs alone for the backward pass, which computes the rest again, with the same dropout.
+    """Have blocks keep their inputs alone for the backward pass, which computes the rest again.
 
     Args:
         vision_encoder, decoder: every n-th block, from the first; 0 is none.
@@ -60,7 +60,8 @@ def _every(blocks: nn.ModuleList, interval: int) -> Iterable[nn.Module]:
 
 def _recomputed(forward: Forward) -> Forward:
     def run(*arguments: Any) -> Any:
-        return checkpoint(forward, *arguments, use_reentrant=False)
+        # No random state to restore: dropout's masks follow from its keys.
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     return run
 

@@ -20,10 +20,25 @@ MERGED_TOKENS = 8192
 
 
 def data_spec(
-    loader: DataLoader[Batch], model: Molmo2, config: TrainingConfig, context_rank: int, *, seed: int
+    loader: DataLoader[Batch],
+    model: Molmo2,
+    config: TrainingConfig,
+    context_rank: int,
+    *,
+    seed: int,
+    sequence_tokens: int,
 ) -> DataSpec:
-    """How Composer splits and counts a rank's batch; `seed` is that of dropout."""
-    maker = replace(microbatch_maker(model, config, context_rank), seed=seed)
+    """How Composer splits and counts a rank's batch.
+
+    Args:
+        seed: of dropout.
+        sequence_tokens: the longest pack, to which compiled blocks want every one padded.
+    """
+    maker = replace(
+        microbatch_maker(model, config, context_rank),
+        seed=seed,
+        tokens_per_pack=sequence_tokens if config.compile else 0,
+    )
     counts = int(context_rank == 0)  # of ranks that share packs, one counts them
 
     def num_tokens(batch: Mapping[str, Any]) -> dict[str, int | float]:

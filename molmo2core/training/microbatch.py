@@ -74,6 +74,8 @@ class MicrobatchMaker:
     """Of dropout."""
     context_rank: int = 0
     context_size: int = 1
+    tokens_per_pack: int = 0
+    """What packs are padded to; 0: they are not."""
 
     def split(self, batch: Batch, packs_per_microbatch: int | float) -> list[Microbatch]:
         """Microbatches of `packs_per_microbatch` packs each, in order."""
@@ -91,7 +93,8 @@ class MicrobatchMaker:
             tasks: of each pack, task names [example][branch]; none: unknown.
             numbers: of each pack in its plan, from which its dropout follows; None: 0, 1, ...
         """
-        pack = pad_pack(with_visual_input(merge_packs(packs), self.im_patch_id), self.context_size)
+        merged = with_visual_input(merge_packs(packs), self.im_patch_id)
+        pack = pad_pack(merged, self.context_size, at_least=len(packs) * self.tokens_per_pack)
         targets, weights = (
             shard_of(pack[name], self.context_rank, self.context_size) for name in ("target_ids", "loss_weights")
         )

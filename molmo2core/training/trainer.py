@@ -195,7 +195,9 @@ def build_trainer(
     with readable(checkpoint, ranks, folder) as load_path:
         trainer = Trainer(
             model=TrainedMolmo2(model, z_coefficient=config.z_loss, metrics=validation.metrics if validation else None),
-            train_dataloader=data_spec(loader, model, config, context_rank, seed=seed),
+            train_dataloader=data_spec(
+                loader, model, config, context_rank, seed=seed, sequence_tokens=packing.sequence_tokens
+            ),
             eval_dataloader=validation.evaluator if validation else None,
             spin_dataloaders=False,  # the loader finds its position itself, and held-out batches have none
             max_duration=Time.from_batch(config.steps),

@@ -64,6 +64,14 @@ def test_masks_are_unrelated() -> None:
     assert correlation(mask, mask) > 300  # the measure can tell
 
 
+@given(first=st.integers(0, 200), branch=st.integers(0, 1), seed=st.integers(0, 100))
+def test_branches_count_on_from_any_other(first: int, branch: int, seed: int) -> None:
+    """Would catch layers that share masks because each calls its branches 0 and 1, and a shift that leaves int32."""
+    whole = dropout(0.5, dropout_keys(seed, 3, 40))
+    x = torch.ones(1, 40, 6)
+    assert drop(x, whole.from_branch(first), branch).equal(drop(x, whole, first + branch))
+
+
 def test_counts_of_rows_and_columns_are_binomial() -> None:
     """No position and no channel is dropped more often than chance has it: variance of the counts within 25 % (five
     deviations of what it varies by itself)."""

@@ -101,6 +101,22 @@ def test_plain_text_stays_plain_causal(model: Molmo2) -> None:
     assert AttentionMask(batch["subsegment_ids"], batch["is_visual"]).is_plain_causal
 
 
+def test_compiled_blocks_get_every_pass_in_one_length(model: Molmo2) -> None:
+    """Would catch a program per length of pack, and padding that is trained on."""
+    maker = MicrobatchMaker(im_patch_id=model.im_patch_id, dropout=NO_DROPOUT)
+    padding = MicrobatchMaker(im_patch_id=model.im_patch_id, dropout=NO_DROPOUT, tokens_per_pack=64)
+    packs = [random_pack(model.config, seed, tokens=40 + seed, images=seed % 2) for seed in range(4)]
+    plain, padded = ([maker.make(packs[start : start + 2]) for start in (0, 2)] for maker in (maker, padding))
+    assert {batch["input_ids"].shape[1] for batch in plain} == {81, 85}
+    assert {batch["input_ids"].shape[1] for batch in padded} == {128}
+    for short, long in zip(plain, padded, strict=True):
+        loss, gradients = loss_and_gradients(model, [short])
+        same, others = loss_and_gradients(model, [long])
+        assert same == pytest.approx(loss, rel=1e-6)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_a_pack_with_images_is_left_alone(model: Molmo2) -> None:
     pack = random_pack(model.config, 1, images=1)
     assert with_visual_input(pack, model.im_patch_id) is pack
