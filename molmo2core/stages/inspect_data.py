@@ -3,7 +3,8 @@
     python -m molmo2core.loading inspect PLAN --recipe R --stage sft              the first packs of a plan
     python -m molmo2core.loading inspect PLAN --recipe R --stage sft --pack 3     pack 3
     python -m molmo2core.loading inspect SHARDS ... --recipe R --stage sft        packs planned from these shards now
-    python -m molmo2core.loading inspect SHARDS --tokenizer T --uid ID            one sample, by the released defaults
+    python -m molmo2core.loading inspect SHARDS                                   packs of these, as the released models
+    python -m molmo2core.loading inspect SHARDS --uid ID                          one sample, as the released models
     python -m molmo2core.loading inspect --recipe R --stage sft                   what lies in the recipe's workspace
 
 PLAN is the reference file of a plan, or its folder, then with the shards that it was made from; SHARDS the reference
@@ -139,11 +140,13 @@ def inspect(options: argparse.Namespace) -> None:
 
 def read_settings(options: argparse.Namespace) -> Settings:
     """From the recipe's stage; without a recipe those of the released models in stage 2."""
+    # As typed, a folder is one below the current folder; in a recipe, one below the workspace.
+    tokenizer: str = options.tokenizer
+    if tokenizer and "://" not in tokenizer:
+        tokenizer = os.path.abspath(tokenizer)
     if options.recipe is None:
         if not options.data:
             raise RecipeError("inspect", found="neither data nor a recipe", mend="name a plan or shards, or a recipe")
-        if not options.tokenizer:
-            raise RecipeError("inspect", found="no tokenizer", mend="give --tokenizer, or --recipe and --stage")
         plan = PlanSection(
             workspace="",
             stage="sft",
@@ -154,7 +157,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
             geometry=VisualGeometry(),
             num_packs=0,
         )
-        return Settings(plan=plan, tokenizer=options.tokenizer, weighting="described", recipe="the released defaults")
+        return Settings(plan=plan, tokenizer=tokenizer, weighting="described", recipe="the released defaults")
     if options.stage is None:
         raise RecipeError("inspect", found="a recipe without a stage", expected=f"--stage {'|'.join(STAGE_NAMES)}")
     where = str(options.recipe)
@@ -164,7 +167,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
     train = from_json(sections[f"train_{options.stage}"], TrainSection)
     return Settings(
         plan=from_json(sections[f"plan_{options.stage}"], PlanSection),
-        tokenizer=options.tokenizer or train.tokenizer,
+        tokenizer=tokenizer or train.tokenizer,
         weighting=train.training.weighting,
         recipe=f"{where}, stage {options.stage}",
     )
@@ -358,12 +361,20 @@ def _sample_of(uid: str, inputs: Inputs, split: Split) -> int:
 
 @contextmanager
 def _tokenizer(settings: Settings, inputs: Inputs) -> Iterator[TextTokenizer]:
-    with fetched_folder(settings.tokenizer, settings.plan.workspace, TOKENIZER_FILES) as folder:
+    """That of the options or the recipe; else the one with which the first shards were built, if it is still there."""
+    name, workspace = settings.tokenizer, settings.plan.workspace
+    if not name:
+        first = inputs.shards[0]
+        name = storage.open_committed(first.uri).meta.get("tokenizer", "")
+        workspace = first.uri.rpartition(f"/shards/{first.dataset}/")[0]
+    if not name:
+        raise RecipeError("inspect", found="no tokenizer", mend="give --tokenizer, or --recipe and --stage")
+    with fetched_folder(name, workspace, TOKENIZER_FILES) as folder:
         digest = tokenizer_digest(folder)
         for ref in inputs.shards:
             if ref.tokenizer_digest != digest:
                 raise DataError(
-                    settings.tokenizer,
+                    name,
                     found=f"a tokenizer with digest {digest}",
                     expected=f"{ref.tokenizer_digest}, with which {ref.dataset} was measured",
                     mend="give the tokenizer that the shards were built with",
@@ -395,7 +406,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--recipe", type=Path)
     command.add_argument("--stage", choices=STAGE_NAMES)
     command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    command.add_argument("--tokenizer", default="", help="folder or address; default the recipe's")
+    command.add_argument("--tokenizer", default="", help="folder or address; default the recipe's, or the shards'")
     command.add_argument("--pack", type=int, action="append", default=[], help="number of a pack of the plan")
     command.add_argument("--uid", default="", help="a sample: `uid` or `dataset/uid`")
     command.add_argument("--count", type=int, default=0, help=f"how many packs or samples; default {PACKS_SHOWN}, or 1")

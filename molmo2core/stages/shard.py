@@ -85,7 +85,7 @@ def _build(
         uri,
         manifest_parts(manifest, section.workspace, sizes, shard_bytes),
         tokenizer=tokenizer,
-        meta={"dataset": dataset, "tokenizer_digest": digest},
+        meta={"dataset": dataset, "tokenizer": section.tokenizer, "tokenizer_digest": digest},
         writers=min(section.shards.writers, 1 + sum(sizes) // shard_bytes),
         total=len(sizes),
         progress=say,

@@ -165,6 +165,25 @@ def test_ways_to_name_a_pack_or_a_sample(
     assert re.search(printed, capsys.readouterr().out, re.DOTALL)
 
 
+def test_shards_alone_do(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tokenizer that they were built with, or one that is named as people name folders.  Catches a command
+    that needs a recipe to look at a file, and `--tokenizer corpus/tokenizer` that is looked for below /."""
+    monkeypatch.chdir(workspace.folder)
+    assert inspect("tracking.json", "--count", "1", html=tmp_path / "page.html") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("pack 0, planned just now: ")
+    assert inspect("tracking.json", "--count", "1", "--tokenizer", "corpus/tokenizer", html=tmp_path / "page.html") == 0
+    assert capsys.readouterr().out == printed
+    (workspace.folder / "corpus" / "tokenizer").rename(workspace.folder / "corpus" / "gone")
+    try:
+        assert inspect("tracking.json", html=tmp_path / "page.html") == 2
+    finally:
+        (workspace.folder / "corpus" / "gone").rename(workspace.folder / "corpus" / "tokenizer")
+    assert "corpus/tokenizer: no such folder" in capsys.readouterr().err
+
+
 def test_folders_do_as_well_as_references(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,7 +200,7 @@ def test_folders_do_as_well_as_references(
     ("arguments", "code", "message"),
     [
         ((), 2, "RecipeError: inspect: neither data nor a recipe"),
-        (("plan.json",), 2, "RecipeError: inspect: no tokenizer; to mend it: give --tokenizer"),
+        (("plan.json",), 2, "by the released defaults; to mend it: give the recipe and stage"),
         (("plan.json", "RECIPE", "--pack", "12"), 2, "DataError: --pack: 12; expected 0 to 11"),
         (("text.json", "RECIPE", "--pack", "1"), 2, "shards without a plan; to mend it: name a plan"),
         (("text.json", "RECIPE", "--uid", "nobody"), 2, "DataError: nobody: no such sample in split train"),
