@@ -7,7 +7,7 @@ K patches per pool.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,12 +24,29 @@ from molmo2core.special_tokens import EXTRA_TOKENS, IM_PATCH
 ParameterGroup = Literal["vision_encoder", "connector", "decoder"]
 
 
+class VisualRoute(NamedTuple):
+    """How visual features travel among ranks that share a sequence (parallel/visual_sharding.py)."""
+
+    sent: tuple[int, ...]
+    """How many of its tokens, in order, a rank sends to each rank."""
+    received: tuple[int, ...]
+    """How many it gets from each rank."""
+    order: Tensor
+    """int64 [tokens received]: which of them stands at each visual place of its part of the sequence."""
+
+
+def _stay(visual: Tensor, route: VisualRoute) -> Tensor:
+    return visual[route.order]
+
+
 class Molmo2(nn.Module):
     """The whole model.  `im_patch_id` is the token whose embedding visual features are added to."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.exchange: Callable[[Tensor, VisualRoute], Tensor] = _stay
+        """Replaced by parallel/context_parallel.py."""
         feature_width = config.vision_encoder.width * len(config.vision_encoder.feature_layers)
         self.vision_encoder = VisionEncoder(config.vision_encoder, config.geometry)
         self.connector = Connector(config.connector, feature_width, config.decoder.width)
@@ -50,7 +67,7 @@ class Molmo2(nn.Module):
         pooling: Tensor,
         token_dropout: TokenDropout | None = None,
         cache: KeyValueCache | None = None,
-        exchange: Callable[[Tensor], Tensor] | None = None,
+        route: VisualRoute | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, [B, S, W].
 
@@ -63,7 +80,7 @@ class Molmo2(nn.Module):
             pooling: int64 [V, K], row v for the v-th <im_patch> of the batch in row-major order.
             token_dropout: see DecoderStack.
             cache: filled by a first call with the whole prompts, used by calls with one token per row.
-            exchange: from this rank's visual features [V, W] to those of its part of the sequence.
+            route: of this rank's visual features, some of which belong to other ranks' parts of the sequence.
 
         Raises:
             DataError: the number of <im_patch> tokens is not that of their features.
@@ -71,7 +88,7 @@ class Molmo2(nn.Module):
         embedded = self.decoder.embedding(input_ids)
         if pooling.shape[0]:
             visual = self.encode_visual(crops, pooling)
-            embedded = self._add_visual(embedded, input_ids, visual if exchange is None else exchange(visual))
+            embedded = self._add_visual(embedded, input_ids, visual if route is None else self.exchange(visual, route))
         hidden = self.decoder.stack(embedded, position_ids, mask, token_dropout, cache)
         normed: Tensor = self.decoder.norm(hidden)
         return normed

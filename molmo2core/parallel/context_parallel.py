@@ -1,19 +1,22 @@
 """Context parallelism: ranks of a group hold parts of one sequence and exchange heads around attention (Ulysses).
 
-    embedding, vision   whole sequence, on every rank of the group (a later step shards the vision encoder)
+    vision, connector   this rank's crops and the visual tokens in them, then one exchange (visual_sharding.py)
+    embedding           this rank's S/P tokens
     decoder stack       this rank's S/P tokens
       attention         all-to-all -> whole sequence, H/P heads -> attend -> all-to-all back -> S/P tokens, all heads
     final norm, loss    this rank's S/P tokens
 
-The mask describes the whole sequence by two numbers per token and is the same on every rank.  Gradients need no
-factor: each rank differentiates the loss of its own tokens, the exchange sends every gradient home, and summed over
-the ranks they are the gradient of the whole (training_and_evaluation.md 3.6).
+The model is given its part of everything but the mask, which describes the whole sequence by two numbers per token
+and is the same on every rank (training/microbatch.py cuts).  Gradients need no factor: each rank differentiates the
+loss of its own tokens, the exchanges send every gradient home, and summed over the ranks they are the gradient of the
+whole (training_and_evaluation.md 3.6).
 
 Shape legend: B batch, S sequence, P ranks of the group, H query heads, G key/value heads, h head dimension.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,36 +25,19 @@ from torch import Tensor
 
 from molmo2core.errors import RecipeError
 from molmo2core.model.attention import AttentionMask
-from molmo2core.model.decoder import Attend, DecoderAttention, DecoderStack
-from molmo2core.model.dropout import TokenDropout
+from molmo2core.model.decoder import Attend, DecoderAttention
 from molmo2core.model.molmo2 import Molmo2
-from molmo2core.parallel.batch_sharding import shard_of
 from molmo2core.parallel.ranks import check_heads
+from molmo2core.parallel.visual_sharding import exchange_visual
 
 
 def apply_context_parallel(model: Molmo2, group: dist.ProcessGroup) -> None:
-    """Make `model` compute this rank's contiguous share of every sequence; `forward` then returns [B, S/P, W].
+    """Make `model` attend over whole sequences of which each rank passes a contiguous part, [B, S/P, W] at a time.
 
     S must be a multiple of P (batch_sharding.pad_pack).  For training only: there is no cache.
     """
     check_heads(model.config.decoder, group.size())
-
-    def cut_inputs(stack: DecoderStack, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, position_ids, mask, token_dropout, *cache = inputs
-        if x.shape[1] % group.size():
-            raise RecipeError(
-                "context parallel",
-                found=f"a sequence of {x.shape[1]} tokens on {group.size()} ranks",
-                expected="a length that is a multiple of the ranks",
-            )
-        rank, size = group.rank(), group.size()
-        dropout = token_dropout and TokenDropout(
-            probabilities=shard_of(token_dropout.probabilities, rank, size, dim=1),
-            keys=shard_of(token_dropout.keys, rank, size, dim=1),
-        )
-        return (shard_of(x, rank, size, dim=1), shard_of(position_ids, rank, size, dim=1), mask, dropout, *cache)
-
-    model.decoder.stack.register_forward_pre_hook(cut_inputs)
+    model.exchange = partial(exchange_visual, group=group)
     for module in model.decoder.stack.modules():
         if isinstance(module, DecoderAttention):
             module.attend = _exchange_around(module.attend, group)
@@ -60,6 +46,14 @@ def apply_context_parallel(model: Molmo2, group: dist.ProcessGroup) -> None:
 def _exchange_around(attend: Attend, group: dist.ProcessGroup) -> Attend:
     def exchange_and_attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor:
         size = group.size()
+        tokens, whole_length = query.shape[1] * size, mask.subsegment_ids.shape[1]
+        if tokens != whole_length:
+            raise RecipeError(
+                "context parallel",
+                found=f"{query.shape[1]} tokens on each of {size} ranks",
+                expected=f"equal parts of the mask's sequence of {whole_length}",
+                mend="pad the sequence to a multiple of the ranks",
+            )
         repeats = max(1, size // key.shape[2])
         if repeats > 1:  # one copy of a key head per rank that needs it; autograd sums the copies' gradients
             key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from molmo2core.examples import PADDING
+from molmo2core.model.molmo2 import VisualRoute
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,12 +33,7 @@ class VisualShare:
     """int64 [c], ascending: the crops that it encodes."""
     pooling: Tensor
     """int64 [v, K]: its pools, with indices into the patches of those crops; in the order of the sequence."""
-    sent: tuple[int, ...]
-    """How many of its v tokens go to each rank, in order."""
-    received: tuple[int, ...]
-    """How many tokens come from each rank."""
-    order: Tensor
-    """int64 [u]: which of the received tokens stands at each visual place of its part of the sequence."""
+    route: VisualRoute
 
 
 def crop_owners(num_crops: int, size: int) -> Tensor:
@@ -69,24 +65,23 @@ def visual_share(
     return VisualShare(
         crops=crops,
         pooling=torch.where(own == PADDING, PADDING, moved),
-        sent=_counts(used_by[computed_by == rank], size),
-        received=_counts(sources, size),
-        # Tokens arrive by source rank, and from each in the order of the sequence.
-        order=sources.argsort(stable=True).argsort(),
+        route=VisualRoute(
+            sent=_counts(used_by[computed_by == rank], size),
+            received=_counts(sources, size),
+            # Tokens arrive by source rank, and from each in the order of the sequence.
+            order=sources.argsort(stable=True).argsort(),
+        ),
     )
 
 
-def exchange_visual(
-    features: Tensor, *, sent: tuple[int, ...], received: tuple[int, ...], order: Tensor, group: dist.ProcessGroup
-) -> Tensor:
+def exchange_visual(features: Tensor, route: VisualRoute, *, group: dist.ProcessGroup) -> Tensor:
     """Visual tokens of this rank's part of the sequence, [u, W].  Called by all ranks of `group`, gradients come back.
 
     Args:
         features: [at least v, W]; rows after the first v are sent nowhere and get a gradient of 0.
-        sent, received, order: of VisualShare.
     """
-    arrived: Tensor = _Exchange.apply(features, sent, received, group)  # type: ignore[no-untyped-call]
-    return arrived[order]
+    arrived: Tensor = _Exchange.apply(features, route.sent, route.received, group)  # type: ignore[no-untyped-call]
+    return arrived[route.order]
 
 
 class _Exchange(torch.autograd.Function):

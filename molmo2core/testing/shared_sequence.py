@@ -2,75 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from molmo2core.model.attention import AttentionMask
 from molmo2core.model.config import ModelConfig
-from molmo2core.model.initialization import build_model
-from molmo2core.model.loss import weighted_loss
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.parallel.context_parallel import apply_context_parallel
-from molmo2core.testing.tiny_model import tiny_config
-from molmo2core.testing.training import Pack
+from molmo2core.testing.tiny_model import Variant, random_model, tiny_config
+from molmo2core.testing.training import Pack, random_pack
+from molmo2core.training.composer_model import TrainedMolmo2
 from molmo2core.training.config import DropoutConfig
 from molmo2core.training.microbatch import MicrobatchMaker
 
 Gradients = dict[str, torch.Tensor]
+DROPOUT = DropoutConfig(residual=0.2, response_residual=0.1)
 
 
-def context_parallel_gradients(
-    pack: Pack, variants: list[tuple[ModelConfig, dict[str, torch.Tensor]]]
-) -> list[tuple[float, Gradients]]:
-    """Loss and gradients of `pack`, summed over the ranks that share it, for each model."""
-    results = []
-    group = dist.group.WORLD
-    assert group is not None
-    for config, weights in variants:
-        model = build_model(config, seed=0)
-        model.load_state_dict(weights)
-        apply_context_parallel(model, group)
+def packs_for(config: ModelConfig) -> dict[str, Pack]:
+    """Pools of random_pack reach into any crop, as windows of stitched crops do and more."""
+    return {
+        "one long video": random_pack(config, 1, tokens=180, images=24, branches=1),
+        "a tree with images and a text": random_pack(config, 2, tokens=96, images=3, branches=5),
+        "fewer crops than ranks": random_pack(config, 3, tokens=64, images=1),
+        "no image": random_pack(config, 4, tokens=64, images=0),
+        "an odd length": random_pack(config, 5, tokens=61, images=2),
+    }
+
+
+def gradients_of_all(
+    models: Mapping[str, ModelConfig], size: int = 1, group: dist.ProcessGroup | None = None
+) -> dict[tuple[str, str], tuple[float, Gradients]]:
+    """Loss and gradients of each model and pack, summed over the `size` ranks of `group`, which share the pack.
+
+    Each rank has all weights, so that what is compared is the cutting and the exchanges and nothing else.
+    """
+    results = {}
+    for model_name, config in models.items():
+        model = random_model(config, seed=3).double()
+        if group is not None:
+            apply_context_parallel(model, group)
         maker = MicrobatchMaker(
             im_patch_id=model.im_patch_id,
-            dropout=DropoutConfig(),
-            context_rank=group.rank(),
-            context_size=group.size(),
+            dropout=DROPOUT,
+            context_rank=group.rank() if group is not None else 0,
+            context_size=size,
         )
-        loss, gradients = loss_and_gradients(model, maker, pack)
-        for value in (loss, *gradients.values()):
-            dist.all_reduce(value)
-        results.append((float(loss), gradients))
+        for pack_name, pack in packs_for(config).items():
+            model.zero_grad()
+            loss, gradients = loss_and_gradients(model, maker, pack)
+            if group is not None:
+                for value in (loss, *gradients.values()):
+                    dist.all_reduce(value, group=group)
+            results[model_name, pack_name] = (float(loss), gradients)
     return results
+
+
+def shared_gradients(models: Mapping[str, ModelConfig], size: int) -> dict[tuple[str, str], tuple[float, Gradients]]:
+    """`gradients_of_all` in groups of `size` neighbouring ranks.  Of rank 0; others return nothing."""
+    first = dist.get_rank() // size * size
+    groups = [dist.new_group(range(start, start + size)) for start in range(0, dist.get_world_size(), size)]
+    results = gradients_of_all(models, size, groups[first // size])
+    return results if dist.get_rank() == 0 else {}
+
+
+def shared_gradients_by_size(
+    models: Mapping[str, ModelConfig], sizes: Sequence[int]
+) -> dict[int, dict[tuple[str, str], tuple[float, Gradients]]]:
+    """For each size of a group, in one run of ranks."""
+    return {size: shared_gradients(models, size) for size in sizes}
 
 
 def loss_and_gradients(model: Molmo2, maker: MicrobatchMaker, pack: Pack) -> tuple[torch.Tensor, Gradients]:
     """Of this rank's targets."""
-    batch = maker.make([pack])
-    hidden = model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        mask=AttentionMask(batch["subsegment_ids"], batch["is_visual"]),
-        crops=batch["crops"],
-        pooling=batch["pooling"],
-    )
-    parts = weighted_loss(hidden[0], model.decoder.head_weight, batch["target_ids"], batch["loss_weights"], 1e-4)
-    loss = parts.total
+    microbatch = maker.make([pack])
+    trained, batch = TrainedMolmo2(model, z_coefficient=1e-4), dict(microbatch)
+    loss = trained.loss(trained.forward(batch), batch)["total"] * microbatch["loss_weight"]
     loss.backward()
-    zero = torch.zeros(())
     return loss.detach(), {
-        name: zero.expand_as(p).clone() if p.grad is None else p.grad for name, p in model.named_parameters()
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
     }
 
 
-def key_heads(count: int) -> ModelConfig:
-    """The tiny model with `count` key/value heads."""
-    config = tiny_config()
-    return replace(config, decoder=replace(config.decoder, num_kv_heads=count))
-
-
-def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Detached copies."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+def eight_heads(key_heads: int, variant: Variant = "qwen") -> ModelConfig:
+    """The tiny model with eight query heads, which share `key_heads` key/value heads."""
+    config = tiny_config(variant)
+    return replace(config, decoder=replace(config.decoder, num_heads=8, num_kv_heads=key_heads))

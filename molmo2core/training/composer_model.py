@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from molmo2core.model.attention import AttentionMask
 from molmo2core.model.dropout import TokenDropout
 from molmo2core.model.loss import LossParts, weighted_loss
-from molmo2core.model.molmo2 import Molmo2
+from molmo2core.model.molmo2 import Molmo2, VisualRoute
 from molmo2core.parallel.fsdp import fsdp_units
 
 _SMALLEST_WEIGHT = 1e-9
@@ -48,6 +48,7 @@ class TrainedMolmo2(ComposerModel):  # type: ignore[misc]
             crops=batch["crops"],
             pooling=batch["pooling"],
             token_dropout=dropout,
+            route=VisualRoute(**batch["route"]) if batch["route"] is not None else None,
         )
         return hidden
 

@@ -1,10 +1,13 @@
-"""From the packs of a batch to what one forward pass takes: merged, padded, and with this rank's share of targets.
+"""From the packs of a batch to what one forward pass takes: merged, padded, and cut to this rank's share.
 
 Packs merge by concatenation.  Documents never see each other, so one pass over several packs is exactly as several
 passes, and on a CPU, where a pass over a small pack costs mostly overhead, much faster.
 
-Shape legend: S sequence of all merged packs, N this rank's share of it, C crops, P patches, D bytes of a patch,
-V visual tokens, K patches per pool.
+Of a sequence that several ranks share, each gets a part of the tokens, and the crops and pools that it computes
+(parallel/visual_sharding.py); the mask alone is of the whole.
+
+Shape legend: S sequence of all merged packs, N this rank's part of it, C crops, P patches, D bytes of a patch,
+V visual tokens, K patches per pool, u visual places in this rank's part.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from molmo2core.annotations import TASKS
 from molmo2core.examples import DOCUMENT, PADDING, Batch
 from molmo2core.model.dropout import TokenDropout, dropout_keys
 from molmo2core.parallel.batch_sharding import pad_pack, shard_of
+from molmo2core.parallel.visual_sharding import crop_owners, visual_share
 from molmo2core.training.config import DropoutConfig
 
 Pack = dict[str, torch.Tensor]
@@ -27,25 +31,36 @@ Tasks = Sequence[Sequence[str]]
 """[example][branch] of a pack."""
 
 
+class Route(TypedDict):
+    """A VisualRoute as a dictionary, which Composer moves to a device."""
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    order: torch.Tensor
+    """[u]"""
+
+
 class Microbatch(TypedDict):
     """One forward and backward pass of one rank."""
 
     input_ids: torch.Tensor
-    """[1, S]"""
+    """[1, N]"""
     position_ids: torch.Tensor
-    """[1, S]"""
+    """[1, N]"""
     subsegment_ids: torch.Tensor
     """[1, S]"""
     is_visual: torch.Tensor
     """[1, S]"""
     token_dropout: torch.Tensor | None
-    """[1, S] drop probability, or None where all are 0."""
+    """[1, N] drop probability, or None where all are 0."""
     dropout_keys: torch.Tensor | None
-    """[1, S] of model/dropout.py, or None without dropout."""
+    """[1, N] of model/dropout.py, or None without dropout."""
     crops: torch.Tensor
     """[C, P, D]"""
     pooling: torch.Tensor
     """[V, K]"""
+    route: Route | None
+    """Of this rank's visual features; None where it has the whole sequence."""
     target_ids: torch.Tensor
     """[N]"""
     loss_weights: torch.Tensor
@@ -93,29 +108,47 @@ class MicrobatchMaker:
             tasks: of each pack, task names [example][branch]; none: unknown.
             numbers: of each pack in its plan, from which its dropout follows; None: 0, 1, ...
         """
+        packs = [pack | {"crop_owners": crop_owners(len(pack["crops"]), self.context_size)} for pack in packs]
         merged = with_visual_input(merge_packs(packs), self.im_patch_id)
         pack = pad_pack(merged, self.context_size, at_least=len(packs) * self.tokens_per_pack)
-        targets, weights = (
-            shard_of(pack[name], self.context_rank, self.context_size) for name in ("target_ids", "loss_weights")
-        )
         branches = [names for pack_tasks in tasks for names in pack_tasks]
-        task_ids = shard_of(tasks_of_tokens(pack["subsegment_ids"], branches), self.context_rank, self.context_size)
         dropout = self._token_dropout(packs, range(len(packs)) if numbers is None else numbers, pack["loss_weights"])
+        weights = self._part(pack["loss_weights"])
+        crops, pooling, route = self._visual_share(pack)
         return Microbatch(
-            input_ids=pack["input_ids"][None],
-            position_ids=pack["position_ids"][None],
+            input_ids=self._part(pack["input_ids"])[None],
+            position_ids=self._part(pack["position_ids"])[None],
             subsegment_ids=pack["subsegment_ids"][None],
             is_visual=pack["is_visual"][None],
-            token_dropout=None if dropout is None else dropout.probabilities,
-            dropout_keys=None if dropout is None else dropout.keys,
-            crops=pack["crops"],
-            pooling=pack["pooling"],
-            target_ids=targets,
+            token_dropout=None if dropout is None else self._part(dropout.probabilities[0])[None],
+            dropout_keys=None if dropout is None else self._part(dropout.keys[0])[None],
+            crops=crops,
+            pooling=pooling,
+            route=route,
+            target_ids=self._part(pack["target_ids"]),
             loss_weights=weights,
-            task_ids=task_ids,
+            task_ids=self._part(tasks_of_tokens(pack["subsegment_ids"], branches)),
             loss_weight=float(weights.sum(dtype=torch.float64)),
             num_packs=len(packs),
         )
+
+    def _part(self, values: torch.Tensor) -> torch.Tensor:
+        return shard_of(values, self.context_rank, self.context_size)
+
+    def _visual_share(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, Route | None]:
+        """Crops, pooling and route of this rank.  One with nothing to do encodes an empty crop, so that all ranks run
+        the same modules."""
+        crops, pooling = pack["crops"], pack["pooling"]
+        if self.context_size == 1:
+            return crops, pooling, None
+        places = (pack["input_ids"] == self.im_patch_id).reshape(self.context_size, -1).sum(dim=1)
+        share = visual_share(
+            pooling, pack["crop_owners"], tuple(places.tolist()), self.context_rank, num_patches=crops.shape[1]
+        )
+        route = Route(sent=share.route.sent, received=share.route.received, order=share.route.order)
+        if not len(share.crops):
+            return _empty_crop(crops), _first_patch(pooling), route
+        return crops[share.crops], share.pooling, route
 
     def _token_dropout(
         self, packs: Sequence[Pack], numbers: Sequence[int], loss_weights: torch.Tensor
@@ -182,6 +215,17 @@ def with_visual_input(pack: Pack, im_patch_id: int) -> Pack:
         name: torch.cat([pack[name], torch.tensor([value], dtype=pack[name].dtype)]) for name, value in added.items()
     }
     crops, pooling = pack["crops"], pack["pooling"]
-    first_patch = torch.full((1, pooling.shape[1]), PADDING, dtype=pooling.dtype)
-    first_patch[0, 0] = 0
-    return pack | longer | {"crops": crops.new_zeros(1, *crops.shape[1:]), "pooling": first_patch}
+    visual = {"crops": _empty_crop(crops), "pooling": _first_patch(pooling), "crop_owners": torch.zeros(1).long()}
+    return pack | longer | visual
+
+
+def _empty_crop(crops: torch.Tensor) -> torch.Tensor:
+    """[1, P, D]"""
+    return crops.new_zeros(1, *crops.shape[1:])
+
+
+def _first_patch(pooling: torch.Tensor) -> torch.Tensor:
+    """[1, K]: a pool of one patch, the first."""
+    pool = torch.full((1, pooling.shape[1]), PADDING, dtype=pooling.dtype)
+    pool[0, 0] = 0
+    return pool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from hypothesis import given
@@ -24,7 +24,7 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, int, tuple[int, ...]]:
     rows = draw(st.lists(pool.map(lambda p: draw_order(p, num_crops)), min_size=0, max_size=12))
     cuts = sorted(draw(st.lists(st.integers(0, len(rows)), min_size=size - 1, max_size=size - 1)))
     edges = [0, *cuts, len(rows)]
-    places = tuple(stop - start for start, stop in zip(edges, edges[1:], strict=False))
+    places = tuple(stop - start for start, stop in pairwise(edges))
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3), num_crops, places
 
 
@@ -52,11 +52,11 @@ def test_every_token_is_computed_once_and_arrives_at_its_place(
         named = share.crops[crop] * PATCHES + patch if len(share.crops) else share.pooling
         features.append(torch.where(share.pooling == PADDING, PADDING, named))
     assert sum(len(feature) for feature in features) == len(pooling)
-    starts = [[0, *accumulate(share.sent)] for share in shares]
+    starts = [[0, *accumulate(share.route.sent)] for share in shares]
     for rank, (share, start) in enumerate(zip(shares, [0, *accumulate(places)][:-1], strict=True)):
         arrived = [features[source][starts[source][rank] : starts[source][rank + 1]] for source in range(len(shares))]
-        assert tuple(len(rows) for rows in arrived) == share.received
-        found = torch.cat(arrived)[share.order]
+        assert tuple(len(rows) for rows in arrived) == share.route.received
+        found = torch.cat(arrived)[share.route.order]
         assert torch.equal(found, pooling[start : start + places[rank]])
 
 
@@ -76,4 +76,5 @@ def test_frames_are_encoded_by_one_rank_only() -> None:
     places = (frames * pools // 8,) * 8
     shares = [visual_share(pooling, crop_owners(frames, 8), places, rank, num_patches=729) for rank in range(8)]
     assert [len(share.crops) for share in shares] == [48] * 8
-    assert all(share.sent[rank] == frames * pools // 8 for rank, share in enumerate(shares)), "nothing has to travel"
+    stay = [share.route.sent[rank] for rank, share in enumerate(shares)]
+    assert stay == list(places), "nothing has to travel"
