@@ -116,7 +116,7 @@ class GuardedStream(Stream):  # type: ignore[misc]  # untyped
         attempt = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
         try:
             source = storage.join(self.source, from_basename)
-            _download_patiently(source, attempt)
+            storage.download(source, attempt)
             self._check(attempt, self.files[from_basename], source)
             os.replace(attempt, path)
         finally:
@@ -163,12 +163,23 @@ class GuardedStreamingDataset(StreamingDataset):  # type: ignore[misc]  # untype
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         """One sample; its shard was checked on this node before.
 
+        An object store that restarts takes longer than its client's three quick tries: it is waited for.
+
         Raises:
-            DataError: the shard is missing or damaged.
+            DataError: the shard is missing or damaged: at once.
+            PlatformError: the object store failed for about a minute; or the disk is full, which is said at once.
         """
         shard_id, _ = self.spanner[sample_id]
+        pauses = iter(PAUSES_SECONDS)
         while self._shard_states[shard_id] != _ShardState.LOCAL:  # it is not when another process's try has failed
-            self.prepare_shard(shard_id)
+            try:
+                self.prepare_shard(shard_id)
+            except PlatformError as error:
+                pause = next(pauses, None)
+                if pause is None or not storage.is_remote(error.where):
+                    raise
+                print(f"shards: {error}; next try in {pause:g} s", file=sys.stderr, flush=True)
+                time.sleep(pause)
         try:
             return super().get_item(sample_id, retry)
         except (ValueError, IndexError) as error:
@@ -227,24 +238,6 @@ def _release(memories: Sequence[SharedMemory], owner: int) -> None:
     if os.getpid() == owner:
         for memory in memories:
             memory.cleanup()
-
-
-def _download_patiently(source: str, destination: Path) -> None:
-    """An object store that restarts takes longer than its client's three quick tries; a long training outlives that.
-
-    Raises:
-        DataError: there is no such object, or no access to it: at once.
-        PlatformError: the store failed for about a minute; or the disk is full, which is said at once.
-    """
-    for pause in (*PAUSES_SECONDS, 0.0):
-        try:
-            storage.download(source, destination)
-            return
-        except PlatformError as error:
-            if not pause or error.where != source:
-                raise
-            print(f"shards: {error}; next try in {pause:g} s", file=sys.stderr, flush=True)
-            time.sleep(pause)
 
 
 def _remove_dead_downloads(folder: Path) -> None:
