@@ -36,6 +36,7 @@ from molmo2core.testing.loading import (
 from molmo2core.testing.tiny_model import tiny_model
 from molmo2core.testing.training_ranks import signal_after
 from molmo2core.training import trainer
+from molmo2core.training.checkpoint_folders import CheckpointPlace
 from molmo2core.training.config import TrainingConfig
 
 
@@ -78,7 +79,7 @@ def train_hashed(
             name="test",
             seed=0,
             packing=PACKING,
-            resume_from=resume_from,
+            resume_from=CheckpointPlace(folder=resume_from) if resume_from is not None else None,
         )
 
 
