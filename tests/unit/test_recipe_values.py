@@ -1,6 +1,6 @@
 """The three large recipes hold the described values, and with `profile: released_code` the published code's.
 
-DECISIONS D4.  The tables are written from training_and_evaluation.md 1.1-1.4, 1.6 and 1.7, and data.md 7, not from recipes.
+DECISIONS D4.  The tables are written from training_and_evaluation.md 1.1-1.7 and data.md 7, not from recipes.
 """
 
 import operator
