@@ -70,7 +70,7 @@ class HeldOutPacks:
         for ref in refs:
             if not ref.num_samples.get(split):
                 continue
-            table = read_table(storage.join(ref.uri, split))
+            table = read_table(storage.open_committed(ref.uri), split)
             config = preprocessor.config
             for number in range(min(examples_per_dataset, len(table))):
                 row = table.row(number)
@@ -118,7 +118,7 @@ class HeldOutPacks:
             except DataError as error:
                 self._say(f"held out: left out: {error}")
         if not examples:
-            return collate_packs([_no_targets(self._preprocessor.geometry)], numbers=[index], datasets=[()])
+            return collate_packs([_no_targets(self._preprocessor.geometry)], numbers=[index], datasets=[("",)])
         pack = pack_examples(examples, self._preprocessor.geometry.max_pool)
         return collate_packs([pack], numbers=[index], datasets=[tuple(datasets)])
 
@@ -152,7 +152,7 @@ def _no_targets(geometry: VisualGeometry) -> PackedExample:
     """What a rank computes while others have the last packs: a document of one token that predicts nothing."""
     zero = np.zeros(1, np.int32)
     return PackedExample(
-        uids=(),
+        uids=("",),
         input_ids=zero,
         target_ids=zero,
         loss_weights=np.zeros(1, np.float32),

@@ -152,9 +152,8 @@ def datasets_of_tokens(subsegment_ids: torch.Tensor, batch: Batch, datasets: tup
         subsegment_ids: int64 [S] of the batch's packs, merged: documents are numbered through.
         batch: whose `datasets` name every document.
     """
-    found: list[int] = []
-    for names, tasks in zip(batch["datasets"], batch["tasks"], strict=True):
-        found += [datasets.index(name) for name in names] or [PADDING] * len(tasks)
+    places = {name: place for place, name in enumerate(datasets)}
+    found = [places.get(name, PADDING) for names in batch["datasets"] for name in names]
     table = torch.tensor([*found, PADDING])  # the last one: padding, and what is added for packs without images
     return table[(subsegment_ids // DOCUMENT).clamp(max=len(found))]
 
