@@ -9,13 +9,12 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 import torch
-from composer import Callback
-from composer.utils import collect_env, reproducibility
+from composer.utils import collect_env
 
 from molmo2core.errors import PlatformError
 
 if TYPE_CHECKING:
-    from composer import Logger, State, Trainer
+    from composer import State
 
 
 def average_gradients_on_gloo() -> None:
@@ -56,20 +55,3 @@ def check_fsdp2(state: State) -> None:
         raise PlatformError(
             "Composer", found="the model is not sharded with FSDP2", mend="install the locked version of mosaicml"
         )
-
-
-class RestoreRandomState(Callback):  # type: ignore[misc]
-    """Loads the checkpoint's random state at the first batch.
-
-    Composer loads it only at batch 0 or when it spins the loader forward itself, so a run whose dataset resumes
-    itself would draw other dropout masks than the undisturbed run.
-    """
-
-    def __init__(self) -> None:
-        self.trainer: Trainer | None = None
-
-    def batch_start(self, state: State, logger: Logger) -> None:
-        """After the loader's iterator was made, which draws from the global generator."""
-        if self.trainer is not None and self.trainer._rng_state is not None:
-            reproducibility.load_rng_state(self.trainer._rng_state)
-            self.trainer._rng_state = None

@@ -34,7 +34,6 @@ from molmo2core.training.callbacks.held_out_answers import Answerer
 from molmo2core.training.checkpoint_folders import CheckpointPlace
 from molmo2core.training.checkpointing import checkpoint_to_load, readable, restore_records
 from molmo2core.training.composer_guards import (
-    RestoreRandomState,
     average_gradients_on_gloo,
     check_fsdp2,
     name_the_processor_without_probing,
@@ -176,7 +175,6 @@ def build_trainer(
     select_trained(model, config, seed=seed)
     place_model(model, config, "cuda" if isinstance(device, DeviceGPU) else "cpu")
     clipping = GroupClipping(config.optimizer.clip_norm)
-    restore = RestoreRandomState()
     validation = None
     if held_out is not None:
         validation = build_validation(
@@ -205,7 +203,6 @@ def build_trainer(
             algorithms=[clipping],
             callbacks=[
                 GroupLearningRates(config.optimizer, config.steps),
-                restore,
                 *watching_callbacks(
                     model,
                     config,
@@ -232,7 +229,6 @@ def build_trainer(
             load_path=load_path,
             load_progress_bar=False,
         )
-    restore.trainer = trainer
     if ranks > 1:
         check_fsdp2(trainer.state)
     return trainer
