@@ -32,7 +32,7 @@ from molmo2core.training.config import DropoutConfig, TrainingConfig
 LABEL, METRIC = "validation", "loss"
 
 
-class HeldOutLoss(Metric):  # type: ignore[misc]
+class HeldOutLoss(Metric):
     """Weighted mean cross-entropy by dataset and by task over all ranks, each target counted once.
 
     Sums are kept in float64: they do not depend on how targets fall to ranks, up to its rounding.
@@ -42,6 +42,10 @@ class HeldOutLoss(Metric):  # type: ignore[misc]
     """
 
     full_state_update = False
+    sums: torch.Tensor
+    """float64 [datasets, tasks, 2] sums of weight * CE and of weights."""
+    z: torch.Tensor
+    """float64 [] weighted sum."""
 
     def __init__(self, datasets: tuple[str, ...]) -> None:
         super().__init__()

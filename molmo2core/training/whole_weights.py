@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from composer.utils import dist
 from torch import nn
@@ -17,8 +19,10 @@ def whole_weights(model: nn.Module, config: TrainingConfig) -> dict[str, torch.T
     Args:
         model: Composer's, sharded or not.
     """
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     if dist.get_global_rank() != 0:
         return None
-    named = {name.removeprefix("model."): value for name, value in weights.items()}
+    named: dict[str, torch.Tensor] = {name.removeprefix("model."): value for name, value in weights.items()}
     return merge_adapters(named, config.low_rank) if config.low_rank is not None else named
