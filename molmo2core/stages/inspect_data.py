@@ -134,7 +134,7 @@ def inspect(options: argparse.Namespace) -> None:
             print(describe(view), flush=True)
             views.append(view)
     page = build_page("Packs as the model sees them", _facts(settings, inputs), views)
-    storage.write_bytes(str(options.html), page.encode())
+    storage.write_bytes(options.html, page.encode())
     print(f"page: {options.html}")
 
 
@@ -412,5 +412,5 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--count", type=int, default=0, help=f"how many packs or samples; default {PACKS_SHOWN}, or 1")
     command.add_argument("--split", choices=SPLITS, default="train")
     command.add_argument("--epoch", type=int, default=0, help="draw samples as in this epoch, without a plan")
-    command.add_argument("--html", type=Path, default=Path(PAGE), help=f"the page; default {PAGE}")
+    command.add_argument("--html", default=PAGE, help=f"the page, a file or an address; default {PAGE}")
     return parser
