@@ -24,11 +24,15 @@ INITIAL_STD = 0.02
 """Of new tokens and connector, as published."""
 
 
+def model_without_weights(config: ModelConfig) -> Molmo2:
+    """A Molmo2 on the meta device: shapes alone."""
+    with torch.device("meta"):
+        return Molmo2(config)
+
+
 def empty_model(config: ModelConfig) -> Molmo2:
     """A Molmo2 on CPU whose parameters hold whatever was in memory; pages are taken when they are written to."""
-    with torch.device("meta"):
-        model = Molmo2(config)
-    return model.to_empty(device="cpu")
+    return model_without_weights(config).to_empty(device="cpu")
 
 
 def build_model(config: ModelConfig, *, seed: int) -> Molmo2:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from molmo2core import storage
 from molmo2core.errors import CheckpointError, DataError
@@ -19,6 +20,9 @@ from molmo2core.recipe.load import from_json
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import CheckpointRef, PackPlanRef, ShardsRef, read_reference
 from molmo2core.training.checkpoint_folders import CheckpointPlace
+
+if TYPE_CHECKING:
+    from molmo2core.model.molmo2 import Molmo2
 
 METRICS = "metrics.jsonl"
 WEIGHTS = "weights"
@@ -52,14 +56,11 @@ def train_rank(
     place: CheckpointPlace,
     resume_from: CheckpointPlace | None,
 ) -> None:
-    """Build model and loader, train, and let rank 0 write the weights."""
-    import torch
-
+    """Build model and loader, train, and let rank 0, the one that reads weights, write them."""
     from molmo2core.checkpoints.fetch import TOKENIZER_FILES, fetched_folder
-    from molmo2core.checkpoints.import_hf import initial_model
-    from molmo2core.checkpoints.reference import load_weights, save_weights
+    from molmo2core.checkpoints.reference import save_weights
     from molmo2core.loading.dataloader import build_dataloader
-    from molmo2core.model.molmo2 import Molmo2
+    from molmo2core.model.initialization import model_without_weights
     from molmo2core.packing.plan_files import read_plan
     from molmo2core.preprocessing.preprocessor import Preprocessor
     from molmo2core.shards.reader import ExampleReader
@@ -70,14 +71,8 @@ def train_rank(
     config, folder = section.training, place.folder
     cache = folder / "cache"
     device, group, context_rank = start_ranks(config)
-    if base is None:
-        model = initial_model(section.model, section.initial_weights, seed=section.seed, workspace=section.workspace)
-    else:
-        model = load_weights(storage.fetch_committed(base.uri, cache))
-        if model.config != section.model:
-            raise CheckpointError(
-                base.uri, found="weights of another model than the recipe's", expected=str(section.model)
-            )
+    is_first = group == context_rank == 0
+    model = _starting_model(section, base, cache) if is_first else model_without_weights(section.model)
     shards = [parent for parent in plan.parents if isinstance(parent, ShardsRef)]
     with fetched_folder(section.tokenizer, section.workspace, TOKENIZER_FILES) as fetched:
         tokenizer = load_tokenizer(fetched)
@@ -100,7 +95,6 @@ def train_rank(
         num_workers=config.loader_workers,
         accept_changed_data=config.accept_changed_data,
     )
-    is_first = group == context_rank == 0
     held_out = open_held_out(section, plan, preprocessor, cache, speaks=is_first)
     answerer = HeldOutQuestions(folder, section, held_out, preprocessor) if held_out is not None and is_first else None
     weights = train(
@@ -119,11 +113,23 @@ def train_rank(
         resume_from=resume_from,
     )
     if weights is not None:
-        with torch.device("meta"):
-            trained = Molmo2(section.model)
+        trained = model_without_weights(section.model)
         trained.load_state_dict(weights, assign=True)
         (folder / WEIGHTS).mkdir(exist_ok=True)
         save_weights(folder / WEIGHTS, trained, section.model)
+
+
+def _starting_model(section: TrainSection, base: CheckpointRef | None, cache: Path) -> Molmo2:
+    """float32 on CPU."""
+    from molmo2core.checkpoints.import_hf import initial_model
+    from molmo2core.checkpoints.reference import load_weights
+
+    if base is None:
+        return initial_model(section.model, section.initial_weights, seed=section.seed, workspace=section.workspace)
+    model = load_weights(storage.fetch_committed(base.uri, cache))
+    if model.config != section.model:
+        raise CheckpointError(base.uri, found="weights of another model than the recipe's", expected=str(section.model))
+    return model
 
 
 def _check_tokenizer(digest: str, shards: Sequence[ShardsRef], where: str) -> None:

@@ -92,7 +92,7 @@ def train(
     """Train `model`, from the newest whole checkpoint in `folder` or `store` if there is one, to the last step.
 
     Args:
-        model: the same weights on every rank, on CPU.
+        model: the same weights on every rank, on CPU; or on rank 0 alone, and on the meta device on all others.
         loader: batches of this rank's packs; its dataset has `state_dict(num_samples, from_beginning)` and
             `load_state_dict`, where a sample is a pack of any rank.
         folder: where checkpoints go, the same for all ranks.
