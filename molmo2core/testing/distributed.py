@@ -105,6 +105,8 @@ def _rank_main(
     timeout_seconds: float,
     environment: dict[str, str],
 ) -> None:
+    # A server's children would start loader workers through the server too; ranks that torchrun starts fork them.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.clear()
     os.environ |= environment
     os.environ |= {
