@@ -27,11 +27,14 @@ class GroupClipping(Algorithm):  # type: ignore[misc]
         return bool(event == Event.AFTER_TRAIN_BATCH)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Clip.  Norms are global, so all ranks know the same."""
+        """Clip.  Norms are global, so all ranks know the same; a group without any gradient has none."""
+        norms = {}
         for group in state.optimizers[0].param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not parameters:
-                continue
-            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
-            self.norms[group["name"]] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            if parameters:
+                norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+                norms[group["name"]] = norm
+        self.norms = {
+            name: float(norm.full_tensor() if isinstance(norm, DTensor) else norm) for name, norm in norms.items()
+        }
