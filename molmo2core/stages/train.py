@@ -37,6 +37,7 @@ from molmo2core.stages.train_resume import exclusive, remove_all_but_lasting, re
 from molmo2core.stages.train_tracking import following
 from molmo2core.stages.train_upload import UPLOADS, uploading
 from molmo2core.training.checkpoint_folders import SAVES, CheckpointPlace
+from molmo2core.training.page import PAGE, training_page
 from molmo2core.training.validation_files import ANSWERS, PAGES, VALIDATION
 
 FORMAT = 5
@@ -177,9 +178,13 @@ def _train(
     def fill(destination: Path) -> dict[str, Any]:
         shutil.copytree(folder / WEIGHTS, destination, dirs_exist_ok=True)
         for log, lines in ((METRICS, metrics), (VALIDATION, validations), (ANSWERS, read_lines(folder / ANSWERS))):
-            timeless = [{name: line[name] for name in line if name not in _TIMES} for line in lines]
+            timeless = [_without_times(line) for line in lines]
             if timeless or log == METRICS:
                 (destination / log).write_text("".join(json.dumps(line) + "\n" for line in timeless))
+        if metrics:
+            timeless = [_without_times(line) for line in metrics]
+            page = training_page(section.stage, timeless, [_without_times(line) for line in validations])
+            (destination / PAGE).write_text(page)
         if (folder / PAGES).is_dir():
             shutil.copytree(folder / PAGES, destination / PAGES)
         if deviations:
@@ -189,6 +194,10 @@ def _train(
     storage.commit_folder(uri, fill)
     for uri in filter(None, (str(folder), place.store)):
         remove_all_but_lasting(uri, config.keep_every_steps)
+
+
+def _without_times(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: line[name] for name in line if name not in _TIMES}
 
 
 def training_facts(

@@ -20,6 +20,8 @@ from molmo2core.recipe.load import flatten
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import PackPlanRef, Reference, ShardsRef
 from molmo2core.stages.train_rank import METRICS
+from molmo2core.training.page import PAGE, training_page
+from molmo2core.training.refused_steps import REFUSED
 from molmo2core.training.validation_files import PAGES, VALIDATION
 
 if TYPE_CHECKING:
@@ -97,6 +99,7 @@ class _Follower(threading.Thread):
                     run.log_metrics(flat_metrics(line, drawn), line["step"], line["time_ms"])
                 self._send_validations(run)
             self._send_deviations(run)
+            self._send_page(run)
             if not self.succeeded:
                 raise _BodyFailed
 
@@ -128,6 +131,15 @@ class _Follower(threading.Thread):
             if page.name not in self._sent_pages:
                 self._sent_pages.add(page.name)
                 run.log_artifact(page, PAGES)
+
+    def _send_page(self, run: TrackedRun) -> None:
+        """Curves of all steps, and the packs of a step that was refused."""
+        metrics, validations = (list(GrowingLines(self.folder / name).new()) for name in (METRICS, VALIDATION))
+        if metrics:
+            title = f"{self.section.run_name}, {self.section.stage}"
+            run.log_text(training_page(title, metrics, validations), PAGE)
+        for refused in sorted(self.folder.glob(REFUSED.format("*"))):
+            run.log_artifact(refused)
 
     def _send_deviations(self, run: TrackedRun) -> None:
         """The list as an artifact; a resume on other data also as a tag, where people look first."""

@@ -86,8 +86,10 @@ class PackStream(IterableDataset[Batch]):
     datasets = ("images", "texts")
     changes: tuple[Change, ...] = ()
 
-    def __init__(self, config: ModelConfig, global_batch_packs: int, group: int, groups: int, **pack: Any) -> None:
-        self.config, self.pack = config, pack
+    def __init__(
+        self, config: ModelConfig, global_batch_packs: int, group: int, groups: int, bad_pack: int = -1, **pack: Any
+    ) -> None:
+        self.config, self.bad_pack, self.pack = config, bad_pack, pack
         self.global_batch_packs, self.group, self.groups = global_batch_packs, group, groups
         self.position = 0
 
@@ -107,9 +109,12 @@ class PackStream(IterableDataset[Batch]):
         self.position = state["packs"]
 
     def _pack(self, index: int) -> Pack:
-        """Lengths and image counts vary; every third pack has no image."""
+        """Lengths and image counts vary; every third pack has no image.  The bad one's loss is no number."""
         sizes = {"tokens": 48 + index % 5, "images": index % 3} | self.pack
-        return random_pack(self.config, index, **sizes)
+        pack = random_pack(self.config, index, **sizes)
+        if index == self.bad_pack:
+            pack["loss_weights"][-1] = float("inf")
+        return pack
 
 
 def pack_loader(config: ModelConfig, training: TrainingConfig, *, group: int = 0, **pack: Any) -> DataLoader[Batch]:

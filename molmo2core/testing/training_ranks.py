@@ -76,6 +76,9 @@ def stop_and_resume(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
             poisoned.vision_encoder.patch_embedding.weight.fill_(float("nan"))
     results["nan"] = _error_of(train_tiny, folder / "nan", config, model=poisoned)
     results["nan_saved"] = [path.name for path in (folder / "nan").glob("*ba*")]
+    # Packs 4 ... 7 are of the second step, 6 and 7 of rank 1.
+    results["bad_pack"] = _error_of(train_tiny, folder / "bad_pack", config, loader={"bad_pack": 6})
+    results["refused"] = json.loads((folder / "bad_pack" / "refused-step-2.json").read_text())
     return results
 
 

@@ -33,19 +33,19 @@ def watching_callbacks(
     clipping: GroupClipping,
     counts: bool,
 ) -> list[Callback]:
-    """Guards first, so that what they refuse is not written as a metric of a good step.
+    """The guard first, so that what they refuse is not written as a metric of a good step.
 
     Args:
         model: before its parameters are sharded.
         counts: whether this rank's batch counts; ranks that share sequences see the same batch.
     """
     sources = [
+        StepGuard(metrics, name=name, clipping=clipping, spikes=config.spike_guard),
         TaskLosses(),
         DataRecord(metrics, source=cast(DataSource, loader.dataset), packing=packing, counts=counts),
         Speed(model, config, counts=counts),
         Memory(),
     ]
-    guard = StepGuard(metrics, name=name, clipping=clipping, spikes=config.spike_guard)
     record = StepRecord(sources)
     file = MetricsFile(
         metrics,
@@ -55,4 +55,4 @@ def watching_callbacks(
         print_interval=config.log_interval_steps,
         name=name,
     )
-    return [guard, *sources, record, file]
+    return [*sources, record, file]

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,10 +140,13 @@ def test_what_training_leaves(trained: tuple[Path, CheckpointRef]) -> None:
     workspace, checkpoint = trained
     assert [type(parent) for parent in checkpoint.parents] == [PackPlanRef, CheckpointRef]
     folder = storage.open_committed(checkpoint.uri)
-    assert sorted(folder.files) == ["metrics.jsonl", "model.safetensors", "model_config.json"]
+    assert sorted(folder.files) == ["metrics.jsonl", "model.safetensors", "model_config.json", "training.html"]
+    page = (Path(checkpoint.uri) / "training.html").read_text()
+    assert "Loss by task" in page and "image_qa" in page and "Learning rate" in page
+    assert "Seconds" not in page and "Memory" not in page
     lines = [json.loads(line) for line in (Path(checkpoint.uri) / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert not any(name in line for line in lines for name in ("seconds", "time_ms", "waits"))
+    assert not any(name in line for line in lines for name in ("seconds", "time_ms", "waits", "speed", "memory"))
     assert checkpoint.facts["packs"] == 2 * STEPS
     assert checkpoint.facts["examples_per_pack"] > 1
     assert checkpoint.facts["tokens"] == sum(line["tokens"] for line in lines) > 0
@@ -168,6 +172,25 @@ def test_the_same_training_is_reused(trained: tuple[Path, CheckpointRef]) -> Non
     assert len(keys) == 5
 
 
+DOCS = Path(__file__).parents[2] / "docs"
+ELSEWHERE = {"speed/mfu", "speed/hfu", "memory/allocated", "memory/reserved"} | {
+    "validation/<number>",
+    "validation/<number>/<of>",
+}
+"""Metrics that a run on a CPU, or one without held-out examples, does not have."""
+
+
+def named_in(page: Path, section: str) -> set[str]:
+    """Names in the first column of the first table of a section."""
+    (text,) = re.findall(rf"^## {section}$(.*?)(?=^## |\Z)", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall("`(.*?)`", row)}
+
+
+def mlflow_artifact(client: Any, run: Any, name: str) -> str:
+    return Path(client.download_artifacts(run.info.run_id, name)).read_text()
+
+
 def test_the_curve_is_in_mlflow(trained: tuple[Path, CheckpointRef]) -> None:
     from molmo2core.tracking.mlflow_run import connect, tracking_uri
 
@@ -180,8 +203,16 @@ def test_the_curve_is_in_mlflow(trained: tuple[Path, CheckpointRef]) -> None:
     assert run.info.status == "FINISHED"
     assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [4, 8, 12]
     assert "gradient_norm/decoder" in run.data.metrics
-    measured = {"fill/tokens", "fill/crops", "waits/for_data", "waits/for_device", "examples_per_pack", "replaced"}
-    assert measured <= run.data.metrics.keys()
+    patterns = named_in(DOCS / "training.md", "Watching a run")
+    found = {
+        name: [pattern for pattern in patterns if re.fullmatch(re.sub("<.*?>", "[^/]+", pattern), name)]
+        for name in run.data.metrics
+    }
+    assert {name: fits for name, fits in found.items() if len(fits) != 1} == {}, "not in the page's table, or twice"
+    assert patterns - {pattern for fits in found.values() for pattern in fits} <= ELSEWHERE
+    assert set(run.data.metrics) >= {"loss_by_task/image_qa", "loss_by_task/text", "memory/host", "flops/model"}
+    page = mlflow_artifact(client, run, "training.html")
+    assert "Seconds" in page and "Memory" in page and "Loss by task" in page
     assert 0.3 < run.data.metrics["fill/tokens"] <= 1
     assert run.data.metrics["drawn/mixed"] == 1.0
     planned = read_reference(workspace / "plan.json", PackPlanRef).facts
@@ -304,7 +335,7 @@ def test_a_resume_on_other_data_is_refused_or_recorded(killed: tuple[Path, list[
     key = Path(found.uri).name
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`molmo2core.key` = 'train-pretrain-{key}'")
     assert "sequence_tokens 384 -> 400" in run.data.tags["data_changed"]
-    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["deviations.jsonl"]
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["deviations.jsonl", "training.html"]
 
 
 def test_resuming_from_nothing_names_what_there_is(killed: tuple[Path, list[str]]) -> None:

@@ -95,3 +95,27 @@ def test_not_a_number_on_one_rank_stops_both_without_a_checkpoint(trained: Any) 
     for result in results:
         assert "RecipeError" in result["nan"] and "nan" in result["nan"]
         assert result["nan_saved"] == []
+
+
+def test_all_ranks_refuse_a_step_together_and_name_the_examples_of_the_rank_that_has_them(trained: Any) -> None:
+    """Would catch an error that names rank 0's packs, since its gradient is as bad as rank 1's."""
+    _, results = trained
+    named = "loss nan on rank 1, pack 6, 7: images/tree-6, texts/text-6, images/tree-7, texts/text-7"
+    for result in results:
+        assert named in result["bad_pack"] and "training step 2" in result["bad_pack"]
+        assert [part["rank"] for part in result["refused"]["microbatches"]] == [0, 1]
+        assert [part["rank"] for part in result["refused"]["suspects"]] == [1]
+
+
+def test_metrics_of_all_ranks_are_those_of_one(trained: Any) -> None:
+    """Losses by task, operations, fill and counts under FSDP and in shared sequences, against a single process.  Would
+    catch rank 0's own numbers, means of means, packs that both sharers count, and targets that none does.
+
+    Tolerance: float32 losses that sum in another order.
+    """
+    (_, metrics), results = trained
+    for way in ("fsdp", "context_parallel"):
+        for line, expected in zip(results[0][way][1], metrics, strict=True):
+            assert line["loss_by_task"] == pytest.approx(expected["loss_by_task"], rel=1e-5), way
+            for name in ("flops", "fill", "drawn", "packs", "tokens", "examples", "crops", "replaced", "spikes"):
+                assert line[name] == expected[name], (way, name)

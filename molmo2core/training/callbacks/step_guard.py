@@ -5,39 +5,37 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from composer import Callback
 from composer.utils import dist
 
 from molmo2core import storage
 from molmo2core.errors import RecipeError
 from molmo2core.training.callbacks.group_clipping import GroupClipping
 from molmo2core.training.callbacks.metrics_file import read_metrics
+from molmo2core.training.callbacks.step_record import OwnNumbers, StepSource
 from molmo2core.training.config import SpikeGuardConfig
+from molmo2core.training.refused_steps import REFUSED, described, inspect_command, suspects
 
 if TYPE_CHECKING:
     from composer import Logger, State
 
     from molmo2core.examples import Batch
 
-_PLAN = "plan.json"
-"""Reference of the plan that stages.train leaves beside the metrics."""
-_NAMED = 6
-"""Examples and packs that an error names; the file has all."""
 
-
-class StepGuard(Callback):  # type: ignore[misc]
+class StepGuard(StepSource):
     """Refuses a step whose loss or gradient is not finite, before it changes a weight, and losses that stay spikes.
 
     Both are known alike to all ranks without a word: norms and the step's loss are sums over them.  Only when one is
     refused do ranks tell each other the losses and examples of their microbatches; rank 0 writes them to
     `refused-step-<n>.json` beside the metrics.  (Composer's NaNMonitor looks at each rank's own loss and leaves the
     other ranks hanging in a collective.)
+
+    `spikes`: how many steps in a row, this one included, had such a loss.
 
     Args:
         metrics: the metrics file, from whose kept steps the mean loss is taken up after a resume.
@@ -115,6 +113,14 @@ class StepGuard(Callback):  # type: ignore[misc]
             return None
         return self.spikes.factor * fmean(self._before)
 
+    def own(self, state: State) -> OwnNumbers:
+        """Nothing: all ranks know the same."""
+        return OwnNumbers()
+
+    def fields(self, step: int, summed: Mapping[str, float], each: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+        """See the class."""
+        return {"spikes": self._streak}
+
     def _count(self, loss: float) -> None:
         limit = self.limit
         if limit is not None and loss >= limit:
@@ -128,19 +134,18 @@ class StepGuard(Callback):  # type: ignore[misc]
         everybodys = dist.all_gather_object(own) if dist.get_world_size() > 1 else [own]
         microbatches = [microbatch for ranks_own in everybodys for microbatch in ranks_own]
         bad = suspects(microbatches, limit)
-        place = self.metrics.with_name(f"refused-step-{step}.json")
+        place = self.metrics.with_name(REFUSED.format(step))
         if dist.get_global_rank() == 0:
             content = {"stage": self.name, "step": step, "found": found, "expected": expected}
-            storage.write_bytes(
-                str(place), json.dumps(content | {"suspects": bad, "microbatches": microbatches}, indent=1).encode()
-            )
+            content |= {"suspects": bad, "microbatches": microbatches}
+            storage.write_bytes(str(place), json.dumps(content, indent=1).encode())
+        dist.barrier()  # a launcher ends all ranks when the first one fails
         raise RecipeError(
             f"{self.name}: training step {step}",
-            found=f"{found}, with {_described(bad)}",
+            found=f"{found}; {described(bad)}",
             expected=expected,
-            mend=f"look at the packs with `{self._inspect_command(bad)}` (all of this step's: {place}), then mend or "
-            "leave out the examples, or lower the learning rates; run again, training goes on from its last checkpoint "
-            "before this step",
+            mend=f"look at the packs with `{inspect_command(self.metrics.parent, self.name, bad)}` ({place} names all "
+            "of this step's); leave out examples that are wrong, or lower the learning rates",
         )
 
     def _own_microbatches(self, batch: Batch) -> list[dict[str, Any]]:
@@ -159,38 +164,3 @@ class StepGuard(Callback):  # type: ignore[misc]
             found.append({"rank": dist.get_global_rank(), "loss": str(float(loss)), "packs": of_microbatch})
             first += count
         return found
-
-    def _inspect_command(self, microbatches: Iterable[dict[str, Any]]) -> str:
-        plan = self.metrics.with_name(_PLAN)
-        numbers = sorted({pack["pack"] for microbatch in microbatches for pack in microbatch["packs"]})
-        where = str(plan) if plan.is_file() else "PLAN"
-        chosen = " ".join(f"--pack {number}" for number in numbers[:_NAMED])
-        return f"python -m molmo2core.loading inspect {where} --recipe RECIPE --stage {self.name} {chosen}"
-
-
-def suspects(microbatches: Sequence[dict[str, Any]], limit: float) -> list[dict[str, Any]]:
-    """Those whose loss is not finite; if all are, those with at least `limit`; if none, the one with the highest."""
-    losses = [float(microbatch["loss"]) for microbatch in microbatches]
-    finite = all(map(math.isfinite, losses))
-    chosen = [
-        microbatch
-        for microbatch, loss in zip(microbatches, losses, strict=True)
-        if (loss >= limit if finite else not math.isfinite(loss))
-    ]
-    return chosen or [microbatches[losses.index(max(losses))]]
-
-
-def _described(microbatches: Sequence[dict[str, Any]]) -> str:
-    """For a person, and not too long."""
-    parts = []
-    for microbatch in microbatches[:_NAMED]:
-        packs = microbatch["packs"]
-        examples = [name for pack in packs for name in pack["examples"]]
-        more = f" and {len(examples) - _NAMED} more" if len(examples) > _NAMED else ""
-        numbers = ", ".join(str(pack["pack"]) for pack in packs[:_NAMED])
-        names = ", ".join(examples[:_NAMED])
-        parts.append(
-            f"loss {float(microbatch['loss']):.4g} on rank {microbatch['rank']} in pack {numbers} ({names}{more})"
-        )
-    rest = len(microbatches) - _NAMED
-    return "; ".join(parts) + (f"; and {rest} more microbatches" if rest > 0 else "")
