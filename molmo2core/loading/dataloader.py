@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import math
 import os
 import shutil
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
@@ -41,27 +42,44 @@ SHARED_MEMORY = Path("/dev/shm")
 """Where workers put the packs that they hand over."""
 
 
+class PackSharing(Protocol):
+    """How ranks that train on the same packs take turns in loading them (parallel/pack_exchange.py)."""
+
+    rank: int
+    size: int
+
+    def __call__(self, found: Batch | Molmo2Error | None, source: int) -> Batch | Molmo2Error:
+        """Called by all of them, for each pack: this rank's share of what rank `source` found."""
+
+
 class PackLoader(DataLoader[Any]):
     """A DataLoader whose workers' errors arrive as they were raised, and whose dead or hung workers are PlatformErrors.
 
     Args:
         dataset: gives batches of one pack.
         num_workers: loader processes; 0 loads in this process.
+        sharing: with ranks that train on the same packs, each of which loads those of its turn.
         timeout_seconds: how long a worker may take for one pack.
     """
 
     dataset: PackDataset
 
     def __init__(
-        self, dataset: PackDataset, *, num_workers: int, timeout_seconds: float = WORKER_TIMEOUT_SECONDS
+        self,
+        dataset: PackDataset,
+        *,
+        num_workers: int,
+        sharing: PackSharing | None = None,
+        timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
     ) -> None:
+        self.sharing = sharing
         self.packs_per_batch = dataset.packs_per_rank
         super().__init__(
             dataset,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=num_workers,
-            prefetch_factor=prefetch_factor(self.packs_per_batch, num_workers) if num_workers else None,
+            prefetch_factor=prefetch_factor(dataset.loaded_per_batch, num_workers) if num_workers else None,
             timeout=timeout_seconds if num_workers else 0,
             worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
@@ -72,11 +90,11 @@ class PackLoader(DataLoader[Any]):
         # Workers ignore SIGTERM, by which torch and multiprocessing end them at exit: they must be told before.
         stop = functools.partial(_stop_workers, packs)
         atexit.register(stop)
+        numbers = itertools.count()
         try:
             while True:
                 started = time.monotonic()
-                with worker_errors(ConnectionError, EOFError, FileNotFoundError):
-                    batch = join_batches([_checked(next(packs)) for _ in range(self.packs_per_batch)])
+                batch = join_batches([self._take(packs, next(numbers)) for _ in range(self.packs_per_batch)])
                 batch["data_wait_seconds"] = time.monotonic() - started
                 yield batch
         except StopIteration:
@@ -84,6 +102,20 @@ class PackLoader(DataLoader[Any]):
         finally:
             atexit.unregister(stop)
             stop()
+
+    def _take(self, packs: Iterator[Batch | Molmo2Error], number: int) -> Batch:
+        """Pack `number` since the start, loaded here or by another rank."""
+        sharing = self.sharing
+        if sharing is None:
+            return _checked(_next(packs))
+        source = number % sharing.size
+        found: Batch | Molmo2Error | None = None
+        if source == sharing.rank:
+            try:
+                found = _next(packs)
+            except Molmo2Error as error:  # the others wait: they must hear of it
+                found = error
+        return _checked(sharing(found, source))
 
 
 def build_dataloader(
@@ -96,6 +128,7 @@ def build_dataloader(
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
     num_workers: int = 0,
+    sharing: PackSharing | None = None,
     strict: bool = False,
     accept_changed_data: bool = False,
 ) -> PackLoader:
@@ -112,6 +145,7 @@ def build_dataloader(
         data_parallel_rank: which share; equal on all ranks of a context-parallel group.
         data_parallel_size: number of shares.
         num_workers: loader processes; 0 loads in this process.
+        sharing: with the other ranks of a context-parallel group.
         strict: raise when a pack is larger than planned, instead of leaving branches out.
         accept_changed_data: go on from a position that was saved with other data, mixture or limits.
 
@@ -127,13 +161,14 @@ def build_dataloader(
         global_batch_packs=global_batch_packs,
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
+        turn=(sharing.rank, sharing.size) if sharing is not None else (0, 1),
         strict=strict,
         accept_changed_data=accept_changed_data,
     )
     if num_workers:
-        ahead = num_workers * prefetch_factor(dataset.packs_per_rank, num_workers)
+        ahead = num_workers * prefetch_factor(dataset.loaded_per_batch, num_workers)
         _check_shared_memory(ahead, pack_bytes(plan.packing, preprocessor.geometry))
-    return PackLoader(dataset, num_workers=num_workers)
+    return PackLoader(dataset, num_workers=num_workers, sharing=sharing)
 
 
 @contextmanager
@@ -189,6 +224,11 @@ def _check_shared_memory(packs_ahead: int, bytes_of_pack: int) -> None:
             f"{bytes_of_pack / 1e6:,.1f} MB each",
             mend="give the container more shared memory, or lower loader_workers",
         )
+
+
+def _next(packs: Iterator[Batch | Molmo2Error]) -> Batch | Molmo2Error:
+    with worker_errors(ConnectionError, EOFError, FileNotFoundError):
+        return next(packs)
 
 
 def _checked(element: Batch | Molmo2Error) -> Batch:

@@ -4,13 +4,15 @@
 
 Global batch b is packs [b * G, (b + 1) * G); data-parallel rank r owns slots [r * G/R, (r + 1) * G/R) of it.  Its
 packs, in order, go to its workers in turn, from the position that training starts from.  Ranks of one
-context-parallel group pass the same data-parallel rank and get equal packs.
+context-parallel group pass the same data-parallel rank; each loads every P-th of its packs, and the loader hands them
+around (dataloader.PackLoader).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -74,6 +76,7 @@ class PackDataset(IterableDataset[Batch | Molmo2Error]):
         global_batch_packs: G above.
         data_parallel_rank: r above.
         data_parallel_size: R above.
+        turn: (place, number) of this rank among those that take turns in loading these packs.
         strict: see above.
         accept_changed_data: take a position that was saved with other data, mixture or limits.
 
@@ -91,6 +94,7 @@ class PackDataset(IterableDataset[Batch | Molmo2Error]):
         global_batch_packs: int,
         data_parallel_rank: int,
         data_parallel_size: int,
+        turn: tuple[int, int] = (0, 1),
         strict: bool,
         accept_changed_data: bool,
     ) -> None:
@@ -111,6 +115,9 @@ class PackDataset(IterableDataset[Batch | Molmo2Error]):
         self.packs_per_rank = global_batch_packs // data_parallel_size
         """Packs of one batch of this rank."""
         self._first_slot = data_parallel_rank * self.packs_per_rank
+        self._turn = turn
+        self.loaded_per_batch = math.ceil(self.packs_per_rank / turn[1])
+        """At most so many of them are loaded by this rank."""
         self._strict, self._accept_changed_data = strict, accept_changed_data
         self._position = 0
         self.changes: tuple[provenance.Change, ...] = ()
@@ -131,7 +138,9 @@ class PackDataset(IterableDataset[Batch | Molmo2Error]):
     def _packs(self) -> Iterator[Batch]:
         """The packs of this worker, in order."""
         worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        place, turns = self._turn
+        first, step = place + own * turns, workers * turns
         first_batch = self._position // self._global_batch_packs
         num_batches = len(self.plan) // self._global_batch_packs - first_batch
         idle = 0.0
@@ -142,7 +151,7 @@ class PackDataset(IterableDataset[Batch | Molmo2Error]):
             loaded = self.load(index)
             datasets = tuple(placed.dataset for placed in loaded.examples)
             batch = collate_packs([loaded.pack], numbers=[index], datasets=[datasets], deviations=loaded.deviations)
-            batch["loader_idle_seconds"] = idle / step
+            batch["loader_idle_seconds"] = idle / workers
             given = time.monotonic()
             yield batch
             idle = time.monotonic() - given

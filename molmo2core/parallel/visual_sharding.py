@@ -41,6 +41,12 @@ def crop_owners(num_crops: int, size: int) -> Tensor:
     return torch.arange(num_crops) * size // max(num_crops, 1)
 
 
+def own_crops(pooling: Tensor, owners: Tensor, rank: int, num_patches: int) -> Tensor:
+    """int64 [c], ascending: crops that `rank` encodes; arguments as of visual_share."""
+    own = pooling[_computed_by(pooling, owners, num_patches) == rank]
+    return torch.unique(own[own != PADDING] // num_patches)
+
+
 def visual_share(
     pooling: Tensor, owners: Tensor, places: tuple[int, ...], rank: int, *, num_patches: int
 ) -> VisualShare:
@@ -53,11 +59,10 @@ def visual_share(
         num_patches: of a crop.
     """
     size = len(places)
-    first = torch.where(pooling == PADDING, torch.iinfo(pooling.dtype).max, pooling).amin(dim=1)
-    computed_by = owners[first // num_patches]
+    computed_by = _computed_by(pooling, owners, num_patches)
     used_by = torch.arange(size).repeat_interleave(torch.tensor(places))
     own = pooling[computed_by == rank]
-    crops = torch.unique(own[own != PADDING] // num_patches)
+    crops = own_crops(pooling, owners, rank, num_patches)
     place_of_crop = torch.zeros(len(owners), dtype=torch.int64)
     place_of_crop[crops] = torch.arange(len(crops))
     moved = place_of_crop[own.clamp(min=0) // num_patches] * num_patches + own.clamp(min=0) % num_patches
@@ -105,6 +110,12 @@ def _exchange(rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], gr
     arrived = rows.new_empty(sum(received), rows.shape[1])
     dist.all_to_all_single(arrived, rows.contiguous(), list(received), list(sent), group=group)
     return arrived
+
+
+def _computed_by(pooling: Tensor, owners: Tensor, num_patches: int) -> Tensor:
+    """int64 [V]: the rank of the first crop that each pool reaches into."""
+    first = torch.where(pooling == PADDING, torch.iinfo(pooling.dtype).max, pooling).amin(dim=1)
+    return owners[first // num_patches]
 
 
 def _counts(ranks: Tensor, size: int) -> tuple[int, ...]:

@@ -50,6 +50,7 @@ _NOT_THE_TRAINED_RESULT = (
     "save_interval_steps",
     "loader_workers",
     "log_interval_steps",
+    "verify_shared_packs",
     "validation",
     "activation_checkpointing",
     "spike_guard",

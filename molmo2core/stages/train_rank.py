@@ -62,6 +62,8 @@ def train_rank(
     from molmo2core.loading.dataloader import build_dataloader
     from molmo2core.model.initialization import model_without_weights
     from molmo2core.packing.plan_files import read_plan
+    from molmo2core.parallel.mesh import host_context_group
+    from molmo2core.parallel.pack_exchange import PackExchange
     from molmo2core.preprocessing.preprocessor import Preprocessor
     from molmo2core.shards.reader import ExampleReader
     from molmo2core.special_tokens import load_tokenizer, tokenizer_digest
@@ -84,6 +86,9 @@ def train_rank(
         weighting=config.weighting,
         seed=section.seed,
     )
+    sharing = None
+    if config.context_parallel > 1:
+        sharing = PackExchange(host_context_group(config.context_parallel), verify=config.verify_shared_packs)
     loader = build_dataloader(
         read_plan(storage.fetch_committed(plan.uri, cache)),
         plan,
@@ -93,6 +98,7 @@ def train_rank(
         data_parallel_rank=group,
         data_parallel_size=config.data_parallel,
         num_workers=config.loader_workers,
+        sharing=sharing,
         accept_changed_data=config.accept_changed_data,
     )
     held_out = open_held_out(section, plan, preprocessor, cache, speaks=is_first)

@@ -179,6 +179,8 @@ class TrainingConfig:
     num_nodes: int = 1
     context_parallel: int = 1
     """Ranks that share one sequence (Ulysses)."""
+    verify_shared_packs: bool = False
+    """Compare a hash of each pack over the ranks that share it: to find broken machines, at some cost."""
     loader_workers: int = 0
     """Loader processes per rank."""
     resume_from: str = ""

@@ -34,6 +34,7 @@ import torch
 from molmo2core.examples import DOCUMENT, PADDING, ROOT
 from molmo2core.model.config import ModelConfig
 from molmo2core.model.molmo2 import Molmo2
+from molmo2core.parallel.pack_exchange import CROP_OWNERS
 from molmo2core.training.config import CheckpointedActivations
 
 PARTS = ("vision_encoder", "connector", "embedding", "decoder", "head")
@@ -97,7 +98,7 @@ def pack_counts(packs: Iterable[Mapping[str, torch.Tensor]]) -> PackCounts:
             tokens=int((pack["subsegment_ids"] != PADDING).sum()),
             attended_pairs=attended_pairs(pack["subsegment_ids"], pack["is_visual"]),
             targets=int((pack["loss_weights"] > 0).sum()),
-            crops=len(pack["crops"]),
+            crops=len(pack.get(CROP_OWNERS, pack["crops"])),
             visual_tokens=len(pack["pooling"]),
             pooled_patches=int((pack["pooling"] != PADDING).sum()),
         )

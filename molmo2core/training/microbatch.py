@@ -23,6 +23,7 @@ from molmo2core.annotations import TASKS
 from molmo2core.examples import DOCUMENT, PADDING, Batch
 from molmo2core.model.dropout import TokenDropout, dropout_keys
 from molmo2core.parallel.batch_sharding import pad_pack, shard_of
+from molmo2core.parallel.pack_exchange import CROP_OWNERS
 from molmo2core.parallel.visual_sharding import crop_owners, visual_share
 from molmo2core.training.config import DropoutConfig
 
@@ -108,7 +109,7 @@ class MicrobatchMaker:
             tasks: of each pack, task names [example][branch]; none: unknown.
             numbers: of each pack in its plan, from which its dropout follows; None: 0, 1, ...
         """
-        packs = [pack | {"crop_owners": crop_owners(len(pack["crops"]), self.context_size)} for pack in packs]
+        packs = [{CROP_OWNERS: crop_owners(len(pack["crops"]), self.context_size)} | pack for pack in packs]
         merged = with_visual_input(merge_packs(packs), self.im_patch_id)
         pack = pad_pack(merged, self.context_size, at_least=len(packs) * self.tokens_per_pack)
         branches = [names for pack_tasks in tasks for names in pack_tasks]
@@ -143,12 +144,14 @@ class MicrobatchMaker:
             return crops, pooling, None
         places = (pack["input_ids"] == self.im_patch_id).reshape(self.context_size, -1).sum(dim=1)
         share = visual_share(
-            pooling, pack["crop_owners"], tuple(places.tolist()), self.context_rank, num_patches=crops.shape[1]
+            pooling, pack[CROP_OWNERS], tuple(places.tolist()), self.context_rank, num_patches=crops.shape[1]
         )
         route = Route(sent=share.route.sent, received=share.route.received, order=share.route.order)
         if not len(share.crops):
             return _empty_crop(crops), _first_patch(pooling), route
-        return crops[share.crops], share.pooling, route
+        # Packs that were handed over have no other crops; those that were not have all of them.
+        is_whole = len(crops) == len(pack[CROP_OWNERS])
+        return crops[share.crops] if is_whole else crops, share.pooling, route
 
     def _token_dropout(
         self, packs: Sequence[Pack], numbers: Sequence[int], loss_weights: torch.Tensor
@@ -195,7 +198,7 @@ def merge_packs(packs: Sequence[Pack]) -> Pack:
         subsegments.append(torch.where(ids == PADDING, PADDING, ids + documents * DOCUMENT))
         pooling.append(torch.where(pools == PADDING, PADDING, pools + patches))
         documents += int(ids.max()) // DOCUMENT + 1
-        patches += pack["crops"].shape[0] * pack["crops"].shape[1]
+        patches += len(pack.get(CROP_OWNERS, pack["crops"])) * pack["crops"].shape[1]
     merged = {name: torch.cat([pack[name] for pack in packs]) for name in packs[0]}
     return merged | {"subsegment_ids": torch.cat(subsegments), "pooling": torch.cat(pooling)}
 
@@ -215,7 +218,7 @@ def with_visual_input(pack: Pack, im_patch_id: int) -> Pack:
         name: torch.cat([pack[name], torch.tensor([value], dtype=pack[name].dtype)]) for name, value in added.items()
     }
     crops, pooling = pack["crops"], pack["pooling"]
-    visual = {"crops": _empty_crop(crops), "pooling": _first_patch(pooling), "crop_owners": torch.zeros(1).long()}
+    visual = {"crops": _empty_crop(crops), "pooling": _first_patch(pooling), CROP_OWNERS: torch.zeros(1).long()}
     return pack | longer | visual
 
 
