@@ -15,7 +15,8 @@ RECIPES = $(wildcard workflows/recipes/*.yaml)
 TESTS ?= tests
 # Tests that need the model alone, what they need besides torch, and the torch versions that test-torch runs them on.
 MODEL_TESTS := $(addprefix tests/,unit/test_model_goldens.py unit/test_generate.py property/test_attention_backends.py \
-    property/test_packs_equal_examples.py property/test_sampling.py property/test_cache_attention.py)
+    property/test_packs_equal_examples.py property/test_sampling.py property/test_cache_attention.py \
+    property/test_weighted_loss.py property/test_dropout.py)
 MODEL_NEEDS := numpy|tokenizers|scipy|hypothesis|pytest|pytest-timeout
 TORCH ?= 2.6.0 2.11.0 2.15.0
 

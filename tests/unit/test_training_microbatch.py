@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,6 +151,38 @@ def test_dropout_follows_what_a_token_predicts(model: Molmo2) -> None:
     assert predicts.any() and not predicts.all()
     assert (probabilities[0, predicts] == 0.5).all() and (probabilities[0, ~predicts] == 0.25).all()
     assert MicrobatchMaker(im_patch_id=model.im_patch_id, dropout=NO_DROPOUT).make([pack])["token_dropout"] is None
+
+
+@pytest.mark.parametrize("residual", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("response", [0.0, 0.1, 0.2])
+def test_official_compat_is_the_published_rule(model: Molmo2, residual: float, response: float) -> None:
+    """(training_and_evaluation.md 1.6), for any two rates: the branch with a mask only runs when the response rate is
+    above 0, else the residual rate is for every token.  Which is why one switch does, and no second pair of rates."""
+    pack = random_pack(model.config, 1)
+    dropout = DropoutConfig(residual=residual, response_residual=response, official_compat=True)
+    made = MicrobatchMaker(im_patch_id=model.im_patch_id, dropout=dropout).make([pack])
+    mask = (pack["loss_weights"] > 0).float()
+    rule = mask * response + (1 - mask) * residual if response > 0 else torch.full_like(mask, residual)
+    found = torch.zeros_like(mask) if made["token_dropout"] is None else made["token_dropout"][0]
+    torch.testing.assert_close(found, rule)
+
+
+def test_dropout_is_that_of_the_pack(model: Molmo2) -> None:
+    """Merged, alone, with a token added for ranks without images: keys follow a pack's number, not its place."""
+    packs = packs_of(model)
+    maker = MicrobatchMaker(im_patch_id=model.im_patch_id, dropout=DropoutConfig(residual=0.1), seed=3)
+    merged = maker.split(as_batch(packs, [7, 9, 8]), 3)[0]
+    single = maker.split(as_batch(packs, [7, 9, 8]), 1)
+    alone = maker.make(packs[1:2], numbers=[9])
+    assert single[1]["dropout_keys"].equal(alone["dropout_keys"])
+    lengths = [len(pack["input_ids"]) for pack in packs]
+    starts = [0, lengths[0], lengths[0] + lengths[1]]
+    for start, length, made in zip(starts, lengths, single, strict=True):
+        keys = made["dropout_keys"][0, :length]
+        assert merged["dropout_keys"][0, start : start + length].equal(keys)
+    assert len(merged["dropout_keys"][0].unique()) == sum(lengths)
+    other = replace(maker, seed=4).make(packs[1:2], numbers=[9])
+    assert not other["dropout_keys"].equal(alone["dropout_keys"])
 
 
 def test_composer_copies_no_pixels(model: Molmo2) -> None:
