@@ -406,7 +406,7 @@ from molmo2core.loading.collator import collate_packs
 from molmo2core.loading.dataloader import PackLoader
 
 class Endless(IterableDataset):
-    packs_per_rank = 1
+    packs_per_rank = loaded_per_batch = 1
     def __iter__(self):
         while True:
             yield collate_packs([])
@@ -436,7 +436,7 @@ from molmo2core.loading.collator import collate_packs
 from molmo2core.loading.dataloader import PackLoader
 
 class Hung(IterableDataset):
-    packs_per_rank = 1
+    packs_per_rank = loaded_per_batch = 1
     def __iter__(self):
         yield collate_packs([])
         time.sleep(3600)
