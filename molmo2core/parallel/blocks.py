@@ -32,8 +32,7 @@ def checkpoint_activations(
     chosen += _every(model.decoder.stack.blocks, decoder)
     for module in chosen:
         _while_training(module, _recomputed)
-    # Autocast would keep a bfloat16 copy of every weight until the forward pass ends: all that sharding saves.
-    model.register_forward_pre_hook(lambda *_: torch.set_autocast_cache_enabled(False))
+    model.register_forward_pre_hook(_keep_no_casts)
 
 
 def compile_blocks(model: Molmo2) -> None:
@@ -52,6 +51,13 @@ def compile_blocks(model: Molmo2) -> None:
             module.attend = attend
     for block in [*vision, *decoder]:
         _while_training(block, torch.compile)
+
+
+def _keep_no_casts(model: nn.Module, _: Any) -> None:
+    """Autocast would keep a bfloat16 copy of every weight until the forward pass ends: of blocks that sharding or
+    recomputation has freed, too.  It turns its cache on again when it ends."""
+    if torch.is_autocast_enabled(next(model.parameters()).device.type):
+        torch.set_autocast_cache_enabled(False)
 
 
 def _every(blocks: nn.ModuleList, interval: int) -> Iterable[nn.Module]:
