@@ -48,7 +48,7 @@ class HashBatches(Callback):  # type: ignore[misc]
 
     def after_dataloader(self, state: Any, logger: Any) -> None:
         rank, step = distributed.get_rank() if distributed.is_initialized() else 0, int(state.timestamp.batch.value) + 1
-        with (self.folder / f"hashes-{rank}.jsonl").open("a") as file:
+        with (self.folder / f"hashes-{rank}.txt").open("a") as file:
             file.write(json.dumps([step, pack_hashes(state.batch)]) + "\n")
 
     def after_backward(self, state: Any, logger: Any) -> None:
@@ -87,7 +87,7 @@ def hashes_in(folder: Path, ranks: Sequence[int]) -> dict[int, list[str]]:
     """Step -> hashes of all slots, as `HashBatches` wrote them."""
     found: dict[int, list[str]] = {}
     for rank in ranks:
-        for line in (folder / f"hashes-{rank}.jsonl").read_text().splitlines():
+        for line in (folder / f"hashes-{rank}.txt").read_text().splitlines():
             step, hashes = json.loads(line)
             found.setdefault(step, []).extend(hashes)
     return found
