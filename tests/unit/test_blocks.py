@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from torch._inductor.utils import fresh_inductor_cache
 
 from molmo2core.model.attention import AttentionMask
