@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from composer.utils import dist
+
 from molmo2core.errors import Molmo2Error
+from molmo2core.model.molmo2 import Molmo2
+from molmo2core.testing.tiny_model import tiny_model
 from molmo2core.testing.training import training_config
 from molmo2core.testing.training_ranks import signal_after, train_tiny
-from molmo2core.training.config import GroupSchedule, LowRankConfig, OptimizerConfig, TrainableParts
+from molmo2core.training.config import GroupSchedule, LowRankConfig, OptimizerConfig, TrainableParts, TrainingConfig
 
 _RATE = GroupSchedule(learning_rate=1e-2, warmup_steps=1)
 # A large epsilon makes AdamW nearly linear in the gradient, so that a wrong scale of gradients shows in the weights.
@@ -32,11 +37,24 @@ def train_every_way(folder: Path, processes: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for way, changes in WAYS.items():
         config = training_config(num_processes=processes, steps=4, optimizer=_LINEAR, **changes)
-        results[way] = train_tiny(folder / way, config)
+        results[way] = train_tiny(folder / way, config, model=_model())
     with signal_after(2):
-        try:
-            train_tiny(folder / "stopped", config)
-        except Molmo2Error as error:
-            results["stopped"] = str(error)
+        results["stopped"] = _error_of(folder / "stopped", config)
+    low_rank = replace(WAYS["low_rank"]["low_rank"], alpha=4.0)
+    results["other_scale"] = _error_of(folder / "stopped", replace(config, low_rank=low_rank))
     results["resumed"] = train_tiny(folder / "stopped", config)
     return results
+
+
+def _model() -> Molmo2:
+    """Weights on the first rank alone, as when they are read from files."""
+    model = tiny_model()
+    return model if dist.get_global_rank() == 0 else model.to("meta")
+
+
+def _error_of(folder: Path, config: TrainingConfig) -> str:
+    try:
+        train_tiny(folder, config)
+    except Molmo2Error as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"

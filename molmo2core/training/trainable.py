@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
+from molmo2core import storage
+from molmo2core.errors import RecipeError
 from molmo2core.model.molmo2 import Molmo2, group_of_parameter
 from molmo2core.training.config import TrainableParts, TrainingConfig, check_trained_parts
 from molmo2core.training.low_rank import add_adapters
@@ -45,3 +50,25 @@ def part_of_parameter(name: str) -> Part:
     """The part that a parameter of Molmo2 belongs to; a tied head is found as the input embedding."""
     group = group_of_parameter(name)
     return _OF_DECODER.get(name, "decoder") if group == "decoder" else group
+
+
+def what_is_trained(config: TrainingConfig) -> str:
+    """The same text for the same trained parameters."""
+    low_rank = dataclasses.asdict(config.low_rank) if config.low_rank is not None else None
+    return json.dumps({"trainable": dataclasses.asdict(config.trainable), "low_rank": low_rank})
+
+
+def check_same_parts(checkpoint: Path, config: TrainingConfig) -> None:
+    """Whether a committed checkpoint, perhaps of another training, has the adapters and optimizer state of this one.
+
+    Raises:
+        RecipeError: it trained other parts.
+    """
+    found, expected = storage.open_committed(str(checkpoint)).meta["trained"], what_is_trained(config)
+    if found != expected:
+        raise RecipeError(
+            "training.resume_from",
+            found=f"{checkpoint}, which trained {found}",
+            expected=expected,
+            mend="go on with the same trainable and low_rank, or delete resume_from to start at step 0",
+        )

@@ -42,7 +42,7 @@ from molmo2core.training.composer_model import TrainedMolmo2
 from molmo2core.training.config import TrainingConfig
 from molmo2core.training.optimizer import build_optimizer
 from molmo2core.training.placement import place_model, sharding
-from molmo2core.training.trainable import select_trained
+from molmo2core.training.trainable import check_same_parts, select_trained
 from molmo2core.training.validation import build_validation
 from molmo2core.training.watching import watching_callbacks
 from molmo2core.training.whole_weights import whole_weights
@@ -110,7 +110,7 @@ def train(
     Raises:
         PlatformError: training was asked to stop; a checkpoint of the last step done is in `folder`.  Or several saves
             failed in a row.
-        RecipeError: loss or gradients are not finite.
+        RecipeError: loss or gradients are not finite, or the checkpoint trained other parts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if config.steps == 0:
@@ -119,6 +119,8 @@ def train(
     writer = CheckpointWriter(folder, config=config, records=metrics.parent, name=name)
     own = CheckpointPlace(folder=folder, store=store)
     checkpoint = checkpoint_to_load([own, resume_from] if resume_from is not None else [own])
+    if checkpoint is not None:
+        check_same_parts(checkpoint, config)
     trainer = build_trainer(
         model,
         loader,

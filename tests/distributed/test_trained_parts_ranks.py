@@ -30,7 +30,7 @@ def moved(weights: dict[str, torch.Tensor]) -> dict[str, float]:
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_train_as_one_process(trained: Any, way: str) -> None:
     """Would catch gradients that are not reduced because their unit is partly frozen, frozen parameters that move, and
-    adapters that are merged from one rank's share.
+    adapters that are merged from one rank's share or drawn on one rank alone.
 
     Tolerance: float32 sums in another order; measured 3e-8 to 1.2e-7 on weights that move by 3e-4 to 3e-3.
     """
@@ -65,6 +65,13 @@ def test_adapters_go_on_bit_for_bit(trained: Any) -> None:
         (weights, lines), (resumed, resumed_lines) = results["low_rank"], results["resumed"]
         assert [line["loss"] for line in resumed_lines] == [line["loss"] for line in lines]
         assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+
+
+def test_another_scale_is_not_gone_on_with(trained: Any) -> None:
+    """A and B have the same shapes whatever `alpha` is: the model would change from one step to the next."""
+    for results in trained[:2]:
+        assert results["other_scale"].startswith("RecipeError: training.resume_from")
+        assert '"alpha": 8.0' in results["other_scale"] and '"alpha": 4.0' in results["other_scale"]
 
 
 @pytest.mark.parametrize("way", WAYS)
