@@ -21,8 +21,19 @@ LOG_LINES = 30
 """Last lines of output that an error carries when no rank could name its cause."""
 
 
+def show_line(line: str) -> None:
+    """Print a line of the ranks' output, which has its end, at once."""
+    sys.stdout.write(line)
+    sys.stdout.flush()
+
+
 def run_torchrun(
-    module: str, arguments: Sequence[str], *, num_processes: int, environment: Mapping[str, str] | None = None
+    module: str,
+    arguments: Sequence[str],
+    *,
+    num_processes: int,
+    environment: Mapping[str, str] | None = None,
+    show: Callable[[str], None] = show_line,
 ) -> None:
     """Run `module`'s `main(arguments) -> int` on `num_processes` ranks of this machine and wait for them.
 
@@ -31,6 +42,7 @@ def run_torchrun(
 
     Args:
         environment: added to this process's environment.
+        show: prints a line of the ranks' output.
 
     Raises:
         Molmo2Error: the error that the first failing rank raised.
@@ -61,7 +73,7 @@ def run_torchrun(
         )
         assert process.stdout is not None
         with _passed_on_signals(process) as received, process.stdout:
-            tail = _echo(process.stdout)
+            tail = _echo(process.stdout, show)
             code = process.wait()
         error = child.read_error(error_file)
         if error is not None:
@@ -76,11 +88,10 @@ def run_torchrun(
             )
 
 
-def _echo(stream: IO[str]) -> str:
+def _echo(stream: IO[str], show: Callable[[str], None]) -> str:
     tail: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
     for line in stream:
-        sys.stdout.write(line)
-        sys.stdout.flush()
+        show(line)
         tail.append(line)
     return "".join(tail).rstrip()
 

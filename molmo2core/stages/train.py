@@ -32,6 +32,7 @@ from molmo2core.recipe.load import from_json, to_json
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import CheckpointRef, PackPlanRef, Reference, ShardsRef, read_reference, write_reference
 from molmo2core.stages.report import StageReport
+from molmo2core.stages.train_progress import section_of_ranks, step_bar
 from molmo2core.stages.train_rank import METRICS, WEIGHTS
 from molmo2core.stages.train_resume import exclusive, remove_all_but_lasting, resume_place, taken_up
 from molmo2core.stages.train_tracking import following
@@ -155,7 +156,7 @@ def _train(
         return
     config, folder = section.training, place.folder
     arguments = ["--folder", str(folder), "--store", place.store]
-    storage.write_bytes(str(folder / "section.json"), to_json(section).encode())
+    storage.write_bytes(str(folder / "section.json"), to_json(section_of_ranks(section)).encode())
     arguments += ["--section", str(folder / "section.json")]
     inputs: list[tuple[str, Reference]] = [("plan", plan)] + ([("base", base)] if base is not None else [])
     for name, reference in inputs:
@@ -168,8 +169,9 @@ def _train(
         with (
             uploading(place, config, section.stage),
             following(folder, section, key=key, inputs=[reference for _, reference in inputs]),
+            step_bar(folder, section) as show,
         ):
-            run_torchrun("molmo2core.stages.train_rank", arguments, num_processes=config.num_processes)
+            run_torchrun("molmo2core.stages.train_rank", arguments, num_processes=config.num_processes, show=show)
     metrics, deviations = read_lines(folder / METRICS), read_lines(folder / DEVIATIONS)
     validations = read_lines(folder / VALIDATION)
     facts = training_facts(metrics, deviations, validations) | {"seconds": round(time.monotonic() - started, 1)}

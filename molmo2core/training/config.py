@@ -190,7 +190,7 @@ class TrainingConfig:
     """Go on from `resume_from` although data, mixture or limits are not the same: from the same position in the new
     plan.  What changed is recorded."""
     log_interval_steps: int = 10
-    """Steps between lines in the log and points in MLflow.  The metrics file has every step."""
+    """Steps between printed lines and between points in MLflow.  The metrics file has every step."""
     spike_guard: SpikeGuardConfig = field(default_factory=SpikeGuardConfig)
     peak_teraflops: float = 0.0
     """What MFU is a share of: operations of one GPU in 1e12 per second; 0 takes the known GPUs' (training/flops.py)."""
