@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -21,8 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from molmo2core import storage
-from molmo2core.annotations import Conversation, QuestionAnswer, Turn
+from molmo2core.annotations import Conversation, Point, Pointing, QuestionAnswer, Turn
 from molmo2core.checkpoints.config import InitialWeights
+from molmo2core.drawing import TRUE_COLOUR
 from molmo2core.errors import DataError, RecipeError
 from molmo2core.examples import Example, Media
 from molmo2core.model.config import named_config
@@ -40,10 +42,14 @@ from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 from molmo2core.testing.training import training_config
 from molmo2core.tracking.config import TrackingConfig
 from molmo2core.tracking.lineage import lineage_text
+from molmo2core.training.config import ValidationConfig
 
 STEPS = 12
 PACKING = PackingConfig(sequence_tokens=384, crop_budget=6, window=16)
 PREPROCESSING = PreprocessingConfig(max_crops=2)
+VALIDATION_CONFIG = ValidationConfig(
+    interval_steps=4, generation_interval_steps=8, generations_per_task=1, max_new_tokens=8
+)
 
 
 def picture(seed: int) -> bytes:
@@ -70,7 +76,18 @@ def examples() -> list[Example]:
         Example(uid=f"said-{n}", dataset="mixed", split="train", media=Media(kind="none"), annotations=(talk,))
         for n in range(4)
     ]
-    return seen + said
+    points = Pointing(task="image_pointing", label="dots", points=(Point(x=0.25, y=0.5), Point(x=0.75, y=0.5)))
+    held_out = [
+        Example(
+            uid=f"held-out-{seed}",
+            dataset="mixed",
+            split="validation",
+            media=Media(kind="image", files=(picture(10 + seed),), sizes=((80, 60),)),
+            annotations=(question, points),
+        )
+        for seed in range(3)
+    ]
+    return seen + said + held_out
 
 
 def new_workspace(workspace: Path) -> None:
@@ -112,7 +129,14 @@ def section_in(workspace: Path, **training: Any) -> TrainSection:
         packing=PACKING,
         preprocessing=PREPROCESSING,
         training=training_config(
-            **{"steps": STEPS, "global_batch_packs": 2, "save_interval_steps": 3, "log_interval_steps": 4} | training
+            **{
+                "steps": STEPS,
+                "global_batch_packs": 2,
+                "save_interval_steps": 3,
+                "log_interval_steps": 4,
+                "validation": VALIDATION_CONFIG,
+            }
+            | training
         ),
         tracking=TrackingConfig(),
     )
@@ -140,7 +164,9 @@ def test_what_training_leaves(trained: tuple[Path, CheckpointRef]) -> None:
     workspace, checkpoint = trained
     assert [type(parent) for parent in checkpoint.parents] == [PackPlanRef, CheckpointRef]
     folder = storage.open_committed(checkpoint.uri)
-    assert sorted(folder.files) == ["metrics.jsonl", "model.safetensors", "model_config.json", "training.html"]
+    pages = ["answers/step-12.html", "answers/step-8.html"]
+    weights = ["metrics.jsonl", "model.safetensors", "model_config.json"]
+    assert sorted(folder.files) == ["answers.jsonl", *pages, *weights, "training.html", "validation.jsonl"]
     page = (Path(checkpoint.uri) / "training.html").read_text()
     assert "Loss by task" in page and "image_qa" in page and "Learning rate" in page
     assert "Seconds" not in page and "Memory" not in page
@@ -154,10 +180,45 @@ def test_what_training_leaves(trained: tuple[Path, CheckpointRef]) -> None:
     assert list((workspace / "checkpoints").rglob("*.resume")) == []
 
 
+def test_what_validation_leaves(trained: tuple[Path, CheckpointRef]) -> None:
+    """Beside the metrics, and in MLflow.  Would catch held-out examples that are not found, or not drawn."""
+    from molmo2core.tracking.mlflow_run import connect, tracking_uri
+
+    workspace, checkpoint = trained
+    folder = Path(checkpoint.uri)
+    losses, answers = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("validation.jsonl", "answers.jsonl")
+    )
+    assert [line["step"] for line in losses] == [4, 8, 12]
+    assert not any(name in line for line in losses for name in ("seconds", "time_ms"))
+    assert losses[-1]["loss_by_task"].keys() == {"image_qa", "image_pointing"} and losses[-1]["examples"] == 3
+    assert checkpoint.facts["validation_loss"] == losses[-1]["loss"] != losses[0]["loss"]
+    assert [(line["step"], line["task"]) for line in answers] == [
+        (step, task) for step in (8, 12) for task in ("image_pointing", "image_qa")
+    ]
+    assert 'coords="1 1 250 500 2 750 500"' in answers[0]["expected"]
+    page = (folder / "answers" / "step-12.html").read_text()
+    (first, _) = re.findall(r"base64,([^\"]+)", page)
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(first))).convert("RGB")).astype(int)
+    green = (abs(drawn - TRUE_COLOUR).sum(axis=2) < 60).nonzero()[1] / drawn.shape[1]
+    assert {round(float(share), 1) for share in green} >= {0.2, 0.3, 0.7, 0.8}  # rings around 0.25 and 0.75
+    client = connect(tracking_uri(TrackingConfig(), str(workspace)))
+    experiment = client.get_experiment_by_name("molmo2")
+    assert experiment is not None
+    key = Path(checkpoint.uri).name
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`molmo2core.key` = 'train-pretrain-{key}'")
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "validation/loss")] == [4, 8, 12]
+    for name in ("mixed/loss", "loss_by_task/image_pointing", "loss_by_task/image_qa"):
+        assert 0 < run.data.metrics[f"validation/{name}"] < 20, name
+    sent = [item.path for item in client.list_artifacts(run.info.run_id, "answers")]
+    assert sent == ["answers/step-12.html", "answers/step-8.html"]
+
+
 def test_the_same_training_is_reused(trained: tuple[Path, CheckpointRef]) -> None:
     """Also when only how often something is saved differs; another seed or another base is another training."""
     workspace, checkpoint = trained
-    section = section_in(workspace, save_interval_steps=5, log_interval_steps=1)
+    section = section_in(workspace, save_interval_steps=5, log_interval_steps=1, validation=ValidationConfig())
     output = workspace / "again.json"
     report = train.run(section, plan=workspace / "plan.json", base=workspace / "base.json", output=output)
     assert report.reused and read_reference(output, CheckpointRef).uri == checkpoint.uri
@@ -335,7 +396,8 @@ def test_a_resume_on_other_data_is_refused_or_recorded(killed: tuple[Path, list[
     key = Path(found.uri).name
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`molmo2core.key` = 'train-pretrain-{key}'")
     assert "sequence_tokens 384 -> 400" in run.data.tags["data_changed"]
-    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["deviations.jsonl", "training.html"]
+    artifacts = [item.path for item in client.list_artifacts(run.info.run_id)]
+    assert artifacts == ["answers", "deviations.jsonl", "training.html"]
 
 
 def test_resuming_from_nothing_names_what_there_is(killed: tuple[Path, list[str]]) -> None:
