@@ -51,7 +51,7 @@ def open_held_out(
         DataError: shards are missing or damaged.
     """
     config, stage = section.training.validation, section.stage
-    if not config.interval_steps:
+    if not config.interval_steps or not section.training.steps:
         return None
     refs = held_out_shards(plan)
     if not any(ref.num_samples.get(config.split) for ref in refs):
