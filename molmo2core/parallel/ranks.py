@@ -7,11 +7,18 @@ from molmo2core.model.config import DecoderConfig
 
 
 def check_ranks(
-    world_size: int, context_parallel: int, global_batch_packs: int, decoder: DecoderConfig, *, where: str = "training"
+    world_size: int,
+    context_parallel: int,
+    global_batch_packs: int,
+    decoder: DecoderConfig,
+    *,
+    ranks_per_node: int | None = None,
+    where: str = "training",
 ) -> None:
     """Whether ranks divide into groups, a global batch over the groups, and attention heads over a group.
 
     Args:
+        ranks_per_node: a group must lie in one node, or take up whole nodes; None: all ranks are on one.
         where: the place that errors name.
 
     Raises:
@@ -22,6 +29,13 @@ def check_ranks(
             f"{where}.context_parallel",
             found=f"{context_parallel} ranks per sequence with {world_size} ranks",
             expected="a divisor of num_processes * num_nodes",
+        )
+    per_node = ranks_per_node or world_size
+    if per_node % context_parallel and context_parallel % per_node:
+        raise RecipeError(
+            f"{where}.context_parallel",
+            found=f"{context_parallel} ranks per sequence with {per_node} ranks on a node",
+            expected="a divisor or a multiple of num_processes, so that no group of ranks lies across two nodes",
         )
     groups = world_size // context_parallel
     if global_batch_packs % groups:

@@ -199,7 +199,14 @@ def _check_mixture(stage: StageRecipe, recipe: Recipe, place: str) -> None:
 
 
 def _check_ranks(stage: StageRecipe, model: ModelConfig, place: str) -> None:
-    check_ranks(stage.world_size, stage.context_parallel, stage.global_batch_packs, model.decoder, where=place)
+    check_ranks(
+        stage.world_size,
+        stage.context_parallel,
+        stage.global_batch_packs,
+        model.decoder,
+        ranks_per_node=stage.num_processes,
+        where=place,
+    )
     tokens = stage.packing.sequence_tokens
     _require(
         tokens % stage.context_parallel == 0,

@@ -140,7 +140,13 @@ def _check(section: TrainSection, plan: PackPlanRef, where: str) -> None:
         raise RecipeError(
             "training.num_nodes", found=str(config.num_nodes), expected="1: several nodes are not launched yet"
         )
-    check_ranks(config.world_size, config.context_parallel, config.global_batch_packs, section.model.decoder)
+    check_ranks(
+        config.world_size,
+        config.context_parallel,
+        config.global_batch_packs,
+        section.model.decoder,
+        ranks_per_node=config.num_processes,
+    )
 
 
 def _train(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -73,6 +75,27 @@ def shared_gradients_by_size(
 ) -> dict[int, dict[tuple[str, str], tuple[float, Gradients]]]:
     """For each size of a group, in one run of ranks."""
     return {size: shared_gradients(models, size) for size in sizes}
+
+
+def exchanged(model_config: ModelConfig, pack: Pack) -> dict[str, list[int]]:
+    """Elements that this rank gives to each exchange of one training step, in order: forward, backward."""
+    group = dist.group.WORLD
+    assert group is not None
+    model = random_model(model_config, seed=3)
+    apply_context_parallel(model, group)
+    maker = MicrobatchMaker(
+        im_patch_id=model.im_patch_id, dropout=DROPOUT, context_rank=group.rank(), context_size=group.size()
+    )
+    counted: dict[str, list[int]] = {"forward": [], "backward": []}
+    exchange = dist.all_to_all_single
+
+    def counting(received: torch.Tensor, sent: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        counted["backward" if torch._C._current_graph_task_id() != -1 else "forward"].append(sent.numel())
+        return exchange(received, sent, *arguments, **named)
+
+    with mock.patch.object(dist, "all_to_all_single", counting):
+        loss_and_gradients(model, maker, pack)
+    return counted
 
 
 def loss_and_gradients(model: Molmo2, maker: MicrobatchMaker, pack: Pack) -> tuple[torch.Tensor, Gradients]:

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from molmo2core.testing.distributed import run_distributed
-from molmo2core.testing.shared_sequence import eight_heads, gradients_of_all, shared_gradients_by_size
+from molmo2core.testing.shared_sequence import (
+    eight_heads,
+    exchanged,
+    gradients_of_all,
+    shared_gradients_by_size,
+)
+from molmo2core.testing.training import random_pack
 
 MODELS = {
     "a key head for each rank": eight_heads(8),
@@ -58,3 +64,24 @@ def test_every_gradient_is_that_of_one_rank(computed: tuple[Results, dict[int, R
                 worst = max(worst, difference)
                 assert difference <= LARGEST_DIFFERENCE, (size, case, name)
     print(f"largest difference {worst:.1e}")
+
+
+@pytest.mark.parametrize("key_heads", [8, 1])
+def test_as_much_is_exchanged_as_the_theory_says(key_heads: int) -> None:
+    """Per layer and rank, of N = S / P tokens: one exchange of N (H + 2 G') h numbers before attention and one of N H h
+    after it, where G' = max(G, P) key heads; the same again on the way back.  Visual tokens: those that are computed
+    elsewhere than used.  Would catch queries, keys and values that travel apart, and key heads that are expanded to
+    all query heads before they travel."""
+    ranks, config = 2, eight_heads(key_heads)
+    pack = random_pack(config, 2, tokens=96, images=3)
+    decoder, width = config.decoder, config.decoder.head_dim
+    tokens = 96 // ranks
+    before = tokens * (decoder.num_heads + 2 * max(key_heads, ranks)) * width
+    after = tokens * decoder.num_heads * width
+    per_rank = run_distributed(exchanged, ranks, config, pack)
+    visual = [counted["forward"][0] for counted in per_rank]
+    assert sum(visual) == len(pack["pooling"]) * decoder.width
+    for counted in per_rank:
+        assert counted["forward"][1:] == [before, after] * decoder.num_layers
+        assert counted["backward"][:-1] == [after, before] * decoder.num_layers
+    assert sum(counted["backward"][-1] for counted in per_rank) == sum(visual)
