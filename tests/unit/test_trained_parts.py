@@ -130,6 +130,17 @@ def test_parameters_are_in_the_order_of_their_names() -> None:
         assert found == sorted(found)
 
 
+def test_adamw_is_the_published_one() -> None:
+    """training_and_evaluation.md 1.3, in every group; one fused kernel per step."""
+    groups = build_optimizer(tiny_model(), training_config().optimizer).param_groups
+    assert [group["name"] for group in groups] == ["vision_encoder", "connector", "decoder"]
+    for group in groups:
+        found = {name: group[name] for name in ("betas", "eps", "weight_decay", "fused", "amsgrad", "maximize")}
+        assert found == {
+            "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.0, "fused": True, "amsgrad": False, "maximize": False,
+        }  # fmt: skip
+
+
 def test_a_tied_matrix_is_one_part() -> None:
     """The published code's frozen input embedding freezes the head of a tied model (training_and_evaluation.md 1.4)."""
     tied = tiny_model(tied=True)

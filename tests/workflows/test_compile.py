@@ -31,7 +31,7 @@ def test_golden_file_is_current(compiled: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("recipe", ["tiny", "molmo2_4b", "molmo2_8b", "molmo2_o_7b"])
+@pytest.mark.parametrize("recipe", ["tiny", "molmo2_4b", "molmo2_8b", "molmo2_o_7b", "molmo2_4b_lora"])
 def test_every_recipe_compiles_to_the_same_bytes_in_a_fresh_process(recipe: str, tmp_path: Path) -> None:
     """Another hash seed in another process: nothing of the IR may depend on dict or set order, or on the recipe."""
     script = ["-m", "workflows.run"] if recipe == "tiny" else ["workflows/full_recipe.py"]
