@@ -16,8 +16,8 @@ GROUPS = ("vision_encoder", "connector", "decoder")
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trained parameters of a Molmo2, in named groups; learning rates are set at each step.
 
-    Parameters are in the order of their names, and groups without any are left out.  One fused kernel does a step, which
-    torch has for CPUs and for GPUs.
+    Parameters are in the order of their names, and groups without any are left out.  One fused kernel does a
+    step, which torch has for CPUs and for GPUs.
     """
     parameters: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for name, parameter in sorted(model.named_parameters()):
