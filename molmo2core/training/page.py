@@ -84,7 +84,8 @@ def _series(lines: Iterable[Line], name: str) -> Series:
     for line in lines:
         value = line.get(name, {})
         for key, number in (value if isinstance(value, Mapping) else {name: value}).items():
-            series.setdefault(key, []).append((line["step"], float(number)))
+            if math.isfinite(number):
+                series.setdefault(key, []).append((line["step"], float(number)))
     return series
 
 
@@ -95,7 +96,7 @@ def _only(series: Series, *names: str) -> Series:
 def _drawn(chart: Chart, last_step: int) -> str:
     curves = {name: _thinned(points, _steps_per_point(last_step)) for name, points in sorted(chart.series.items())}
     values = [value for points in curves.values() for _, value in points if not chart.logarithmic or value > 0]
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    low, high = (min(values), max(values)) if values else (1.0, 1.0)
     height = _scale(low, high, chart.logarithmic)
     frame = "".join(
         f"<line x1='{_LEFT}' y1='{y:.1f}' x2='{_WIDTH}' y2='{y:.1f}'/><text x='{_LEFT - 4}' y='{y + 4:.1f}' "
