@@ -47,6 +47,7 @@ def load_recipe(text: str, overrides: Sequence[str] = (), *, where: str = "recip
     lines = {path: f"{where}:{line}" for path, line in tree.lines.items()}
     for path, value in parsed:
         _put(values, path, value, place=f"{_OVERRIDE} {_dotted(path)}")
+        lines = {known: line for known, line in lines.items() if known[: len(path)] != path}
         lines[path] = f"{_OVERRIDE} {_dotted(path)}={json.dumps(value)}"
     return _validated(values, Recipe, functools.partial(_place, lines, where))
 

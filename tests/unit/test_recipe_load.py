@@ -115,6 +115,7 @@ def test_merge_keys_work_and_point_at_the_merging_place() -> None:
         ("evaluate.gate.7=1", ["index 7"]),
         ("=5", ["path.to.key=value"]),
         ("train.sft.steps=[", ["--set train.sft.steps", "YAML"]),
+        ("data.manifests={text: 5}", ["--set data.manifests=", "data.manifests.text is 5"]),  # not a line of the file
     ],
 )
 def test_wrong_override_names_itself(override: str, words: list[str]) -> None:
