@@ -7,6 +7,7 @@ question and step) and `answers/step-<n>.html` (the same with pictures).
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING
 from molmo2core import storage
 from molmo2core.evaluation.held_out_answers import ChosenQuestion, answer_few, answers_page, choose_few
 from molmo2core.evaluation.inference import InferenceModel
-from molmo2core.evaluation.tasks import average_scores
 from molmo2core.loading.deviations import keep_lines_up_to
 from molmo2core.loading.held_out import HeldOutPacks
 from molmo2core.preprocessing.preprocessor import Preprocessor
@@ -109,6 +109,7 @@ class HeldOutQuestions:
 
     def answer(self, model: Molmo2, step: int) -> None:
         """Answer, draw, write."""
+        started = time.monotonic()
         if self._questions is None:
             self._questions = choose_few(self.reader, self.reader.ranges, self.config.generations_per_task)
         answers = answer_few(
@@ -118,10 +119,9 @@ class HeldOutQuestions:
             max_new_tokens=self.config.max_new_tokens,
             say=lambda line: print(f"{self.stage}: {line}", flush=True),
         )
-        page = answers_page(f"{self.stage}, step {step}", answers)
-        storage.write_bytes(str(self.folder / PAGES / f"step-{step}.html"), page.encode())
+        page = self.folder / PAGES / f"step-{step}.html"
+        storage.write_bytes(str(page), answers_page(f"{self.stage}, step {step}", answers).encode())
         with (self.folder / ANSWERS).open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps({"step": step} | answer.to_json()) + "\n" for answer in answers))
-        scores = average_scores(answer.score for answer in answers)
-        said = ", ".join(f"{name} {value:.2f}" for name, value in scores.items() if not name.endswith("parse_failures"))
-        print(f"{self.stage}: step {step}: {len(answers)} held-out questions answered ({said})", flush=True)
+        seconds = time.monotonic() - started
+        print(f"{self.stage}: step {step}: {len(answers)} held-out answers in {page}, {seconds:.1f} s", flush=True)
