@@ -139,6 +139,7 @@ def _check_validation(validation: ValidationConfig, place: str) -> None:
         place,
         f"validation.generation_interval_steps {answers} with interval_steps {losses}",
         "a multiple of interval_steps, since answers are given when losses are taken",
+        "set both to 0 for no validation at all",
     )
     _require(validation.split != "train", place, "validation.split 'train'", "a split that is held out")
 

@@ -55,7 +55,7 @@ def test_every_recipe_keeps_the_rules_in_both_profiles(path: Path, profile: str)
             ["train.sft.validation.interval_steps=4", "train.sft.validation.generation_interval_steps=6"],
             ["generation_interval_steps 6 with interval_steps 4", "a multiple of interval_steps"],
         ),
-        (["train.sft.validation.generation_interval_steps=6"], ["generation_interval_steps 6 with interval_steps 0"]),
+        (["train.sft.validation.interval_steps=0"], ["generation_interval_steps 420 with interval_steps 0"]),
         (["train.sft.validation.examples_per_dataset=0"], ["validation.examples_per_dataset 0", "1 or more"]),
         (["train.sft.validation.split=train"], ["validation.split 'train'", "held out"]),
         (["train.sft.packing.crop_budget=7"], ["crop_budget 7", "max_frames 8"]),
