@@ -36,13 +36,13 @@ from molmo2core.references import CheckpointRef, PackPlanRef, read_reference, wr
 from molmo2core.shards.mixture import MixtureGroup
 from molmo2core.sources.shapes_tokenizer import save_tokenizer
 from molmo2core.special_tokens import tokenizer_digest
-from molmo2core.stages import plan, train
+from molmo2core.stages import inspect_data, plan, train
 from molmo2core.testing.tiny_examples import write_tiny_shards
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 from molmo2core.testing.training import training_config
 from molmo2core.tracking.config import TrackingConfig
 from molmo2core.tracking.lineage import lineage_text
-from molmo2core.training.config import ValidationConfig
+from molmo2core.training.config import GroupSchedule, OptimizerConfig, ValidationConfig
 
 STEPS = 12
 PACKING = PackingConfig(sequence_tokens=384, crop_budget=6, window=16)
@@ -234,6 +234,7 @@ def test_the_same_training_is_reused(trained: tuple[Path, CheckpointRef]) -> Non
 
 
 DOCS = Path(__file__).parents[2] / "docs"
+RECIPES = Path(__file__).parents[2] / "workflows" / "recipes"
 ELSEWHERE = {"speed/mfu", "speed/hfu", "memory/allocated", "memory/reserved"} | {
     "validation/<number>",
     "validation/<number>/<of>",
@@ -281,6 +282,42 @@ def test_the_curve_is_in_mlflow(trained: tuple[Path, CheckpointRef]) -> None:
         assert run.data.metrics[f"plan/{name}"] == pytest.approx(planned[name]), name
     assert run.data.metrics["plan/tokens_per_pack_p50"] == planned["per_pack"]["tokens"]["p50"]
     assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["mixed"]
+
+
+def test_a_refused_step_is_named_kept_and_can_be_looked_at(
+    trained: tuple[Path, CheckpointRef], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error's own command is run.  Would catch a command for another plan or stage, packs that are numbered from
+    the rank's or the step's start, and a run in MLflow that ends without a trace of what happened."""
+    from molmo2core.tracking.mlflow_run import connect, tracking_uri
+
+    workspace, _ = trained
+    far_too_high = GroupSchedule(learning_rate=1e30, warmup_steps=0)
+    optimizer = OptimizerConfig(vision_encoder=far_too_high, connector=far_too_high, decoder=far_too_high)
+    section = section_in(workspace, optimizer=optimizer, validation=ValidationConfig())
+    with pytest.raises(RecipeError, match="training step 2") as error:
+        train.run(section, plan=workspace / "plan.json", base=None, output=workspace / "none.json")
+    command = re.findall("`python -m molmo2core.loading (.*?)`", error.value.mend)[0]
+    assert command.endswith("--stage pretrain --pack 2 --pack 3"), "two packs are a step"
+    (file,) = (workspace / "checkpoints" / "pretrain").glob("*.resume/refused-step-2.json")
+    names = [name for pack in json.loads(file.read_text())["suspects"][0]["packs"] for name in pack["examples"]]
+    limits = [f"packing.sequence_tokens={PACKING.sequence_tokens}", f"packing.crop_budget={PACKING.crop_budget}"]
+    limits += ["packing.window=16", "preprocessing.max_crops=2"]
+    limits += ["preprocessing.max_frames=6", "preprocessing.max_images=2"]  # one of each fits into a pack
+    arguments = command.replace("RECIPE", str(RECIPES / "tiny.yaml")).split()
+    arguments += [part for limit in limits for part in ("--set", f"train.pretrain.{limit}")]
+    arguments += ["--tokenizer", str(workspace / "tokenizer"), "--html", str(workspace / "inspect.html")]
+    capsys.readouterr()
+    assert inspect_data.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert len(names) > 2 and all(name in shown for name in names)
+    client = connect(tracking_uri(TrackingConfig(), str(workspace)))
+    experiment = client.get_experiment_by_name("molmo2")
+    assert experiment is not None
+    key = file.parent.name.removesuffix(".resume")
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`molmo2core.key` = 'train-pretrain-{key}'")
+    assert run.info.status == "FAILED"
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == [file.name, "training.html"]
 
 
 COPY = "copy"
