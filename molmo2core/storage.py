@@ -39,7 +39,7 @@ ABANDONED_SECONDS = 7 * 24 * 3600
 """An attempt in which nothing has changed for so long is taken for a killed writer's."""
 CONNECTIONS = 32
 """To the object store, of one process; more threads than that wait."""
-_ATTEMPT, _UPLOAD = ".attempt-", "by-attempt-"
+ATTEMPT, _UPLOAD = ".attempt-", "by-attempt-"
 _UPLOADS = 8
 _TRIES = 4
 _BLOCK = 1 << 20
@@ -371,7 +371,7 @@ def commit_folder(
     parent = Path(tempfile.gettempdir()) if is_remote(uri) else Path(uri).parent
     with _disk_errors(uri):
         parent.mkdir(parents=True, exist_ok=True)
-        attempt = Path(tempfile.mkdtemp(prefix=_ATTEMPT, dir=parent))
+        attempt = Path(tempfile.mkdtemp(prefix=ATTEMPT, dir=parent))
     _remove_abandoned_attempts(str(parent))
     collected = collected or {}
     try:
@@ -446,7 +446,7 @@ def remove_folder(uri: str) -> None:
     """
     if not is_remote(uri):
         if Path(uri).is_dir():
-            gone = tempfile.mkdtemp(prefix=_ATTEMPT, dir=Path(uri).parent)
+            gone = tempfile.mkdtemp(prefix=ATTEMPT, dir=Path(uri).parent)
             with suppress(FileNotFoundError):
                 os.rename(uri, Path(gone) / "removed")  # so that nobody sees a part of it
             shutil.rmtree(gone, ignore_errors=True)
@@ -505,7 +505,7 @@ def _last_change(uri: str) -> float:
 
 @functools.cache  # a folder of thousands of parts is looked through once, not for each part
 def _remove_abandoned_attempts(parent: str) -> None:
-    remove_abandoned(parent, f"{_ATTEMPT}*")
+    remove_abandoned(parent, f"{ATTEMPT}*")
 
 
 def _link_or_copy(source: Path, destination: Path) -> None:
@@ -541,7 +541,7 @@ def _publish_remote(uri: str, attempt: Path, marker: dict[str, Any], collected: 
 
     Uploading to `uri` itself would let a late writer put its files over those of the writer that committed.
     """
-    at = f"{_UPLOAD}{attempt.name.removeprefix(_ATTEMPT)}"
+    at = f"{_UPLOAD}{attempt.name.removeprefix(ATTEMPT)}"
     with _s3_errors(uri):
         _put_files(uri, at, attempt, marker["files"], collected)
         won = create_bytes(join(uri, MARKER), _marker_bytes(marker | {"at": [at]}))

@@ -107,8 +107,9 @@ def tidy_up(folder: Path) -> None:
         if not (place := folder / old.name.removeprefix(f"{_REPLACED}-")).exists():
             os.rename(old, place)
         shutil.rmtree(old, ignore_errors=True)
-    for name in (SAVING, CONVERTED, _FETCHED):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    half_removed = folder.glob(f"{storage.ATTEMPT}*")  # as large as a checkpoint
+    for path in (folder / SAVING, folder / CONVERTED, folder / _FETCHED, *half_removed):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_folder(new: Path, place: Path) -> None:
