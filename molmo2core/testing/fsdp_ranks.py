@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from composer import Trainer
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -39,12 +41,15 @@ _EVERYTHING = CheckpointedActivations(vision_encoder=1, connector=True, decoder=
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"sharding": ShardingConfig(reshard_after_forward=False)},
     "checkpointed": {"activation_checkpointing": _EVERYTHING},
+    "compiled": {"activation_checkpointing": _EVERYTHING, "compile": True},
     "frozen": {
         "trainable": TrainableParts(vision_encoder=False, input_embedding=False),
         "activation_checkpointing": CheckpointedActivations(vision_encoder=2, decoder=2),
     },
 }
-"""Each equals the same case in one process, where nothing is computed twice."""
+"""Each equals the same case in one process, where nothing is computed twice or compiled."""
+CASES_OF = {2: ("plain", "compiled", "frozen"), 4: ("plain", "checkpointed", "frozen")}
+"""Number of ranks -> what is tried on them."""
 
 
 def case(name: str, ranks: int) -> TrainingConfig:
@@ -59,7 +64,8 @@ def start(name: str) -> Molmo2:
 
 def train_alone(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Weights and losses of one process."""
-    config = training_config(**_STAGE | CASES[name] | {"activation_checkpointing": CheckpointedActivations()})
+    without = {"activation_checkpointing": CheckpointedActivations(), "compile": False}
+    config = training_config(**_STAGE | CASES[name] | without)
     weights, lines = train_tiny(folder / name, config, model=start(name))
     assert weights is not None
     return weights, [line["loss"] for line in lines]
@@ -68,9 +74,12 @@ def train_alone(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], list[
 def train_cases(folder: Path) -> dict[str, Any]:
     """On each rank: (weights, losses) of every case, where only rank 0 has the weights at the start; and the mesh."""
     ranks, results = dist.get_world_size(), dict[str, Any]()
-    for name in CASES:
-        weights, lines = train_tiny(folder / name, case(name, ranks), model=_on_first_rank(start(name)))
-        results[name] = weights, [line["loss"] for line in lines]
+    # As far as autograd's graphs: inductor's code takes a minute (tests/unit/test_blocks.py has some).
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
+        for name in CASES_OF[ranks]:
+            weights, lines = train_tiny(folder / name, case(name, ranks), model=_on_first_rank(start(name)))
+            results[name] = weights, [line["loss"] for line in lines]
+    results["programs"] = counters["stats"]["unique_graphs"]
     results["placed"] = _placement(folder / "placed", training_config(num_processes=ranks, steps=1))
     return results
 
