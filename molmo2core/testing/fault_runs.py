@@ -18,6 +18,7 @@ from composer import Callback, Trainer
 from composer.utils import dist
 
 from molmo2core.errors import PlatformError
+from molmo2core.stages import train_rank
 from molmo2core.testing.tiny_model import tiny_model
 from molmo2core.testing.training_ranks import train_tiny
 from molmo2core.training import trainer
@@ -60,6 +61,13 @@ def train_or_die(folder: Path, config: TrainingConfig, kill: Kill | None) -> Run
     with _watched(watch):
         weights, lines = train_tiny(folder, config)
     return Run(weights=weights, lines=lines, durations=watch.durations)
+
+
+def stage_rank_or_die(arguments: list[str], kill: Kill | None) -> int:
+    """What `launch.torchrun` runs on a rank of a training stage; perhaps be killed."""
+    started = time.monotonic()
+    with _watched(_Watch(_start_killer(kill) if kill is not None else None, started)):
+        return train_rank.main(arguments)
 
 
 def _start_killer(kill: Kill) -> int:

@@ -25,7 +25,7 @@ from molmo2core import storage
 from molmo2core.annotations import Conversation, Point, Pointing, QuestionAnswer, Turn
 from molmo2core.checkpoints.config import InitialWeights
 from molmo2core.drawing import TRUE_COLOUR
-from molmo2core.errors import DataError, RecipeError
+from molmo2core.errors import DataError, PlatformError, RecipeError
 from molmo2core.examples import Example, Media
 from molmo2core.model.config import named_config
 from molmo2core.packing.config import PackingConfig
@@ -37,11 +37,14 @@ from molmo2core.shards.mixture import MixtureGroup
 from molmo2core.sources.shapes_tokenizer import save_tokenizer
 from molmo2core.special_tokens import tokenizer_digest
 from molmo2core.stages import inspect_data, plan, train
+from molmo2core.testing.distributed import run_distributed
+from molmo2core.testing.fault_runs import Kill, stage_rank_or_die
 from molmo2core.testing.tiny_examples import write_tiny_shards
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 from molmo2core.testing.training import training_config
 from molmo2core.tracking.config import TrackingConfig
 from molmo2core.tracking.lineage import lineage_text
+from molmo2core.training.checkpoint_folders import saved_steps
 from molmo2core.training.config import GroupSchedule, OptimizerConfig, ValidationConfig
 
 STEPS = 12
@@ -435,6 +438,46 @@ def test_a_resume_on_other_data_is_refused_or_recorded(killed: tuple[Path, list[
     assert "sequence_tokens 384 -> 400" in run.data.tags["data_changed"]
     artifacts = [item.path for item in client.list_artifacts(run.info.run_id)]
     assert artifacts == ["answers", "deviations.jsonl", "training.html"]
+
+
+def test_another_machine_goes_on_from_the_object_store(
+    trained: tuple[Path, CheckpointRef],
+    s3_bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """kill -9 on a machine that then is gone with its disk.  Would catch checkpoints that exist in one machine's cache
+    only, metrics that begin in the middle, other weights, and copies that stay for ever.
+
+    Ranks are forked, not started by torchrun (tests/unit/test_launch.py): importing the trainer takes 8 s."""
+    workspace, checkpoint = trained
+    section = section_in(workspace)
+    section = replace(section, workspace=s3_bucket, tokenizer=str(workspace / "tokenizer"))
+    section = replace(section, tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    kills = [Kill(phase="step", number=8), None]
+
+    def run_forked(module: str, arguments: list[str], *, num_processes: int, **_: object) -> None:
+        run_distributed(stage_rank_or_die, num_processes, arguments, kills.pop(0))
+
+    monkeypatch.setattr(train, "run_torchrun", run_forked)
+
+    def run_on(machine: str) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        train.run(section, plan=workspace / "plan.json", base=workspace / "base.json", output=tmp_path / "output.json")
+
+    with pytest.raises(PlatformError, match="the process died"):
+        run_on("first")
+    (folder,) = storage.list_folders(f"{s3_bucket}/checkpoints/pretrain")
+    assert saved_steps(f"{s3_bucket}/checkpoints/pretrain/{folder}")[0] == 6
+    shutil.rmtree(tmp_path / "first")
+    capsys.readouterr()
+    run_on("second")
+    assert f"{folder}/" not in str(storage.list_files(f"{s3_bucket}/checkpoints/pretrain"))
+    found = read_reference(tmp_path / "output.json", CheckpointRef)
+    assert found.digest == checkpoint.digest
+    assert (found.facts["failed_saves"], found.facts["failed_uploads"]) == (0.0, 0.0)
+    assert list((tmp_path / "second" / "molmo2core" / "training").iterdir()) == []
 
 
 def test_resuming_from_nothing_names_what_there_is(killed: tuple[Path, list[str]]) -> None:
