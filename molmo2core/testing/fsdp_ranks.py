@@ -19,7 +19,7 @@ from molmo2core.model.molmo2 import Molmo2
 from molmo2core.testing.tiny_model import tiny_model
 from molmo2core.testing.training import training_config
 from molmo2core.testing.training_ranks import train_tiny
-from molmo2core.training import trainer
+from molmo2core.training import batches, trainer
 from molmo2core.training.config import (
     CheckpointedActivations,
     DropoutConfig,
@@ -39,12 +39,13 @@ _STAGE: dict[str, Any] = {
 }
 _EVERYTHING = CheckpointedActivations(vision_encoder=1, connector=True, decoder=1)
 CASES: dict[str, dict[str, Any]] = {
-    "plain": {"sharding": ShardingConfig(reshard_after_forward=False)},
+    "plain": {},
     "checkpointed": {"activation_checkpointing": _EVERYTHING},
     "compiled": {"activation_checkpointing": _EVERYTHING, "compile": True},
     "frozen": {
         "trainable": TrainableParts(vision_encoder=False, input_embedding=False),
         "activation_checkpointing": CheckpointedActivations(vision_encoder=2, decoder=2),
+        "sharding": ShardingConfig(reshard_after_forward=False),
     },
 }
 """Each equals the same case in one process, where nothing is computed twice or compiled."""
@@ -80,12 +81,32 @@ def train_cases(folder: Path) -> dict[str, Any]:
             weights, lines = train_tiny(folder / name, case(name, ranks), model=_on_first_rank(start(name)))
             results[name] = weights, [line["loss"] for line in lines]
     results["programs"] = counters["stats"]["unique_graphs"]
+    if ranks == 2:
+        results["reductions"] = reductions(folder / "reductions")
     results["placed"] = _placement(folder / "placed", training_config(num_processes=ranks, steps=1))
     return results
 
 
 def _on_first_rank(model: Molmo2) -> Molmo2:
     return model if dist.get_rank() == 0 else model.to("meta")
+
+
+def reductions(folder: Path) -> dict[bool, tuple[int, dict[str, torch.Tensor] | None]]:
+    """`reduce_every_pass` -> reduce-scatters in two steps of two passes each, and the weights then."""
+    exchange, found = dist.reduce_scatter_tensor, {}
+    for every_pass in (True, False):
+        config = training_config(
+            **_STAGE | {"steps": 2, "sharding": ShardingConfig(reduce_every_pass=every_pass)},
+            num_processes=dist.get_world_size(),
+            global_batch_packs=2 * dist.get_world_size(),
+        )
+        with (
+            mock.patch.object(batches, "MERGED_TOKENS", 1),
+            mock.patch.object(dist, "reduce_scatter_tensor", side_effect=exchange) as counted,
+        ):
+            weights, _ = train_tiny(folder / str(every_pass), config)
+        found[every_pass] = counted.call_count, weights
+    return found
 
 
 def _placement(folder: Path, config: TrainingConfig) -> dict[str, Any]:

@@ -103,6 +103,9 @@ class ShardingConfig:
     float32, `pure` bfloat16 and bfloat16 (training_and_evaluation.md 1.1).  Shards themselves are float32 in all."""
     reshard_after_forward: bool = True
     """Free a gathered block after its forward pass and gather it again for its backward pass; else keep it."""
+    reduce_every_pass: bool = True
+    """Add gradients of ranks up after every pass; else after the last of a step, which exchanges less and keeps whole
+    gradients of trained parameters on every rank, between passes in the precision that they are added up in."""
 
 
 @dataclass(frozen=True, kw_only=True)

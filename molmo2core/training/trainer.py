@@ -31,6 +31,7 @@ from molmo2core.training.callbacks.graceful_stop import GracefulStop
 from molmo2core.training.callbacks.group_clipping import GroupClipping
 from molmo2core.training.callbacks.group_learning_rates import GroupLearningRates
 from molmo2core.training.callbacks.held_out_answers import Answerer
+from molmo2core.training.callbacks.late_reduction import LateReduction
 from molmo2core.training.checkpoint_folders import CheckpointPlace
 from molmo2core.training.checkpointing import checkpoint_to_load, readable, restore_records
 from molmo2core.training.composer_guards import (
@@ -205,6 +206,7 @@ def build_trainer(
             algorithms=[clipping],
             callbacks=[
                 GroupLearningRates(config.optimizer, config.steps),
+                *([LateReduction()] if ranks > 1 and not config.sharding.reduce_every_pass else []),
                 *watching_callbacks(
                     model,
                     config,
