@@ -17,12 +17,14 @@ from pathlib import Path
 
 from molmo2core import storage
 from molmo2core.errors import DataError
+from molmo2core.training.validation_files import PAGES
 
 RECORDS = "records"
 SAVES = "saves.jsonl"
 """Record of all saves, also of those that failed, beside the checkpoints."""
 SHARDS = "shards"
 WHOLE = "state.pt"
+_RECORDED = ("*.jsonl", f"{PAGES}/*.html")
 SAVING, CONVERTED = ".saving", ".converted"
 """Names of folders that are not checkpoints yet, or only for as long as one is read."""
 _STEP = re.compile(r"ba(\d+)")
@@ -99,6 +101,15 @@ def _fetch(place: CheckpointPlace, step: int) -> str:
         shutil.rmtree(place.folder / _FETCHED, ignore_errors=True)
     print(f"checkpoint: step {step} fetched from {place.store}", flush=True)
     return ""
+
+
+def copy_records(source: Path, destination: Path) -> list[str]:
+    """Copy what training records (metrics and other lines of JSON, pages of answers); return the relative names."""
+    names = sorted(str(path.relative_to(source)) for pattern in _RECORDED for path in source.glob(pattern))
+    for name in names:
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, destination / name)
+    return names
 
 
 def tidy_up(folder: Path) -> None:

@@ -23,6 +23,7 @@ from molmo2core.training.checkpoint_folders import (
     WHOLE,
     CheckpointPlace,
     checkpoint_name,
+    copy_records,
     tidy_up,
     whole_checkpoint,
 )
@@ -65,8 +66,7 @@ def restore_records(checkpoint: Path, folder: Path) -> None:
     Another machine's folder has none, and one that another machine has trained past would lack steps.
     """
     if dist.get_global_rank() == 0:
-        for record in (checkpoint / RECORDS).glob("*.jsonl"):
-            shutil.copyfile(record, folder / record.name)
+        copy_records(checkpoint / RECORDS, folder)
 
 
 @contextmanager

@@ -448,14 +448,14 @@ def test_another_machine_goes_on_from_the_object_store(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """kill -9 on a machine that then is gone with its disk.  Would catch checkpoints that exist in one machine's cache
-    only, metrics that begin in the middle, other weights, and copies that stay for ever.
+    only, metrics and pages of answers that begin in the middle, other weights, and copies that stay for ever.
 
     Ranks are forked, not started by torchrun (tests/unit/test_launch.py): importing the trainer takes 8 s."""
     workspace, checkpoint = trained
     section = section_in(workspace)
     section = replace(section, workspace=s3_bucket, tokenizer=str(workspace / "tokenizer"))
     section = replace(section, tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
-    kills = [Kill(phase="step", number=8), None]
+    kills = [Kill(phase="step", number=11), None]
 
     def run_forked(module: str, arguments: list[str], *, num_processes: int, **_: object) -> None:
         run_distributed(stage_rank_or_die, num_processes, arguments, kills.pop(0))
@@ -469,7 +469,7 @@ def test_another_machine_goes_on_from_the_object_store(
     with pytest.raises(PlatformError, match="the process died"):
         run_on("first")
     (folder,) = storage.list_folders(f"{s3_bucket}/checkpoints/pretrain")
-    assert saved_steps(f"{s3_bucket}/checkpoints/pretrain/{folder}")[0] == 6
+    assert saved_steps(f"{s3_bucket}/checkpoints/pretrain/{folder}")[0] == 9
     shutil.rmtree(tmp_path / "first")
     capsys.readouterr()
     run_on("second")

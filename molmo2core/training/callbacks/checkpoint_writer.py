@@ -25,6 +25,7 @@ from molmo2core.training.checkpoint_folders import (
     SHARDS,
     WHOLE,
     checkpoint_name,
+    copy_records,
     remove_outdated,
     replace_folder,
 )
@@ -48,7 +49,7 @@ class CheckpointWriter(Callback):  # type: ignore[misc]
 
     Args:
         folder: of the checkpoints; the same for all ranks.
-        records: folder of `*.jsonl` files that rank 0 appends to; a copy of them goes into each checkpoint.
+        records: folder of what rank 0 records while training goes on; a copy of it goes into each checkpoint.
     """
 
     def __init__(self, folder: Path, *, config: TrainingConfig, records: Path, name: str) -> None:
@@ -108,9 +109,8 @@ class CheckpointWriter(Callback):  # type: ignore[misc]
         def commit() -> None:
             if not is_first:
                 return
-            for record in sorted(self.records.glob("*.jsonl")):
-                (part / RECORDS).mkdir(exist_ok=True)
-                files[f"{RECORDS}/{record.name}"] = _settled(Path(shutil.copy(record, part / RECORDS)))
+            for name in copy_records(self.records, part / RECORDS):
+                files[f"{RECORDS}/{name}"] = _settled(part / RECORDS / name)
             for shards in part.glob("ep*-ba*"):  # Composer's name for them
                 os.rename(shards, part / SHARDS)
             meta = {"step": step, "ranks": dist.get_world_size(), "save": uuid.uuid4().hex}
