@@ -239,10 +239,12 @@ def test_the_same_training_is_reused(trained: tuple[Path, CheckpointRef]) -> Non
 DOCS = Path(__file__).parents[2] / "docs"
 RECIPES = Path(__file__).parents[2] / "workflows" / "recipes"
 ELSEWHERE = {"speed/mfu", "speed/hfu", "memory/allocated", "memory/reserved"} | {
+    "save/<number>",
+    "upload/<number>",
     "validation/<number>",
     "validation/<number>/<of>",
 }
-"""Metrics that a run on a CPU, or one without held-out examples, does not have."""
+"""Metrics that a run on a CPU, in a folder, without held-out examples or a checkpoint does not have."""
 
 
 def named_in(page: Path, section: str) -> set[str]:
