@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -122,6 +122,11 @@ class HeldOutPacks:
         pack = pack_examples(examples, self._preprocessor.geometry.max_pool)
         return collate_packs([pack], numbers=[index], datasets=[tuple(datasets)])
 
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Start downloading the shards of these packs."""
+        held = (entry for index in indices if index < len(self) for entry in self._packs[index])
+        self._reader.prefetch([entry.sample for entry in held])
+
     def _say(self, line: str) -> None:
         """Once: it will be the same next time."""
         if line not in self._said:
@@ -132,7 +137,7 @@ class HeldOutPacks:
 class HeldOutBatches:
     """One data-parallel group's share of `packs`, in batches of at most `size`; every group has equally many batches.
 
-    No DataLoader: making the iterator of one draws from the global random state, which training would notice.
+    No DataLoader: making the iterator of one draws from the global random state.
     """
 
     def __init__(self, packs: HeldOutPacks, *, group: int, groups: int, size: int) -> None:
@@ -142,10 +147,15 @@ class HeldOutBatches:
         return math.ceil(len(self.packs) / (self.groups * self.size))
 
     def __iter__(self) -> Iterator[Batch]:
-        for number in range(len(self)):
-            first = (number * self.groups + self.group) * self.size
-            last = max(first + 1, min(first + self.size, len(self.packs)))
-            yield join_batches([self.packs.batch(index) for index in range(first, last)])
+        shares = [self._share(number) for number in range(len(self))]
+        self.packs.prefetch(index for share in shares for index in share)
+        for share in shares:
+            yield join_batches([self.packs.batch(index) for index in share])
+
+    def _share(self, number: int) -> range:
+        """Packs of batch `number`; when none are left, one past the last."""
+        first = (number * self.groups + self.group) * self.size
+        return range(first, max(first + 1, min(first + self.size, len(self.packs))))
 
 
 def _no_targets(geometry: VisualGeometry) -> PackedExample:
