@@ -28,6 +28,7 @@ from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 from molmo2core.testing.training import PACKING, pack_loader, training_config
 from molmo2core.tracking.config import TrackingConfig
 from molmo2core.training import trainer
+from molmo2core.training.callbacks.held_out_answers import HeldOutAnswers
 from molmo2core.training.config import DropoutConfig, TrainingConfig, ValidationConfig
 from molmo2core.training.validation_files import ANSWERS, PAGES, VALIDATION
 
@@ -111,7 +112,8 @@ def train_validated(folder: Path, shards: Sequence[ShardsRef], **changes: Any) -
     )
     if dist.is_initialized():
         dist.barrier()  # rank 0 has written
-    return found_in(folder) | {"weights": weights, "packs": len(held_out.packs) if held_out is not None else 0}
+    packs = len(held_out.packs) if held_out is not None else 0
+    return found_in(folder) | {"weights": weights, "packs": packs, "random": torch.get_rng_state()}
 
 
 def found_in(folder: Path) -> Found:
@@ -125,18 +127,26 @@ class StoppedWhileValidating(Exception):
     """Stands for a kill between a step and its checkpoint."""
 
 
-def stopped_while_validating(folder: Path, shards: Sequence[ShardsRef], *, first_pack: int, **changes: Any) -> str:
-    """Train, and stop on all ranks in the second validation, when one of the packs from `first_pack` on is read."""
+def stopped_while_validating(folder: Path, shards: Sequence[ShardsRef], *, written: bool, **changes: Any) -> str:
+    """Train, and stop on all ranks in the second validation, that of step 4: after one pass, or when all is written."""
     read: Counter[int] = Counter()
-    load = HeldOutPacks.batch
+    load, end = HeldOutPacks.batch, HeldOutAnswers.eval_end
 
     def stop_or_load(self: HeldOutPacks, index: int) -> Batch:
         read[index] += 1
-        if index >= first_pack and read[index] == 2:
+        if not written and index >= 4 and read[index] == 2:  # of the second pass: the first one has packs 0 to 3
             raise StoppedWhileValidating
         return load(self, index)
 
-    with mock.patch.object(HeldOutPacks, "batch", stop_or_load):
+    def end_and_stop(self: HeldOutAnswers, state: Any, logger: Any) -> None:
+        end(self, state, logger)
+        if written and state.timestamp.batch.value == 4:
+            raise StoppedWhileValidating
+
+    with (
+        mock.patch.object(HeldOutPacks, "batch", stop_or_load),
+        mock.patch.object(HeldOutAnswers, "eval_end", end_and_stop),
+    ):
         try:
             train_validated(folder, shards, **changes)
         except StoppedWhileValidating:
@@ -153,10 +163,10 @@ def validate_in_every_way(folder: Path, shards: Sequence[ShardsRef]) -> dict[str
         "validated": train_validated(folder / "validated", shards, **two),
         "shared": train_validated(folder / "shared", shards, **two, context_parallel=2),
     }
-    # The second validation is that of step 4; both ranks have computed one pass of it.
-    stopped = stopped_while_validating(folder / "stopped", shards, first_pack=4, **two)
-    results["stopped"] = found_in(folder / "stopped") | {"how": stopped}
-    results["resumed"] = train_validated(folder / "stopped", shards, **two)
+    for way, written in (("within", False), ("after", True)):
+        stopped = stopped_while_validating(folder / way, shards, written=written, **two)
+        results[f"stopped {way}"] = found_in(folder / way) | {"how": stopped}
+        results[f"resumed {way}"] = train_validated(folder / way, shards, **two)
     none = replace(VALIDATION_CONFIG, split="test")
     results["empty"] = train_validated(folder / "empty", shards, **two, validation=none)
     return results

@@ -111,6 +111,8 @@ def test_training_does_not_notice(alone: tuple[Found, Found], together: dict[str
     mode, parameters left gathered or a position moved."""
     assert largest_difference(alone[1], alone[0]) == 0.0
     assert largest_difference(together["validated"], together["plain"]) == 0.0
+    for plain, validated in (alone, (together["plain"], together["validated"])):
+        assert torch.equal(validated["random"], plain["random"])
     assert alone[0][VALIDATION] == together["plain"][VALIDATION] == []
     for name in ("step", "loss", "packs", "tokens"):
         plain, validated = (lines_of(together[way], "metrics.jsonl") for way in ("plain", "validated"))
@@ -135,13 +137,16 @@ def test_two_ranks_find_the_same_losses(alone: tuple[Found, Found], together: di
         assert line["loss_by_task"] == pytest.approx(other["loss_by_task"], rel=5e-6)
 
 
-def test_stopped_while_validating_nothing_is_twice_or_lost(together: dict[str, Found]) -> None:
+@pytest.mark.parametrize(("way", "written"), [("within", [2]), ("after", [2, 4])])
+def test_stopped_while_validating_nothing_is_twice_or_lost(
+    together: dict[str, Found], way: str, written: list[int]
+) -> None:
     """At step 4, after the checkpoint of step 3: the step and its validation are done again, to equal bits.  Would
     catch half a validation that is written, one that is written twice, and one that is left out after a resume."""
-    stopped, resumed, undisturbed = (together[way] for way in ("stopped", "resumed", "validated"))
+    stopped, resumed, undisturbed = (together[name] for name in (f"stopped {way}", f"resumed {way}", "validated"))
     assert stopped["how"] == "stopped"
-    assert [line["step"] for line in lines_of(stopped)] == [2]
-    assert stopped[ANSWERS] == [] and stopped[PAGES] == {}
+    assert [line["step"] for line in lines_of(stopped)] == written
+    assert len(stopped[ANSWERS]) == 4 * (4 in written) and list(stopped[PAGES]) == ["step-4.html"] * (4 in written)
     assert lines_of(resumed) == lines_of(undisturbed)
     assert resumed[ANSWERS] == undisturbed[ANSWERS]
     assert resumed[PAGES] == undisturbed[PAGES]
