@@ -1,5 +1,7 @@
 """What the state of a training takes on each GPU, computed from shapes: nothing is loaded, no GPU is needed.
 
+Activations too, and the peak: python -m molmo2core.recipe.memory.
+
     python benchmarks/trained_state.py [RECIPE ...] [--stage sft]
 
     weights      of the whole model, float32, sharded over the ranks of the stage
@@ -9,8 +11,6 @@
                  gradients of the root unit and of one block; float32, half of it with `sharding.precision` mixed
     inputs       of decoder blocks, all that activation checkpointing keeps of one pass over a full sequence
 
-Not counted: one block's activations while it is computed again, the logits of one chunk of positions (1.2 GB in float32
-for 2,048 positions and 151,936 tokens), and of a frozen or checkpointed vision encoder those of one block.
 The last line is how many times more state everything trained would take than the first recipe, on as many ranks.
 """
 
@@ -20,62 +20,21 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from molmo2core.model.config import ModelConfig, named_config
-from molmo2core.model.molmo2 import Molmo2
-from molmo2core.parallel.fsdp import fsdp_units
 from molmo2core.recipe.load import load_recipe
 from molmo2core.recipe.schema import StageRecipe
 from molmo2core.training.config import TrainableParts, TrainingConfig
-from molmo2core.training.trainable import select_trained
+from molmo2core.training.memory_estimate import (
+    MemoryEstimate,
+    PackShape,
+    count_parameters,
+    estimate_memory,
+)
 
 RECIPES = Path(__file__).parents[1] / "workflows" / "recipes"
 DEFAULT = ("molmo2_4b_lora", "molmo2_4b_frozen_vision", "molmo2_4b")
 FLOAT32 = 4
 GB = 1e9
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class State:
-    """Parameters in all, and bytes on each rank."""
-
-    parameters: int
-    trained: int
-    weights: float
-    gradients: float
-    moments: float
-    gathered: float
-
-    @property
-    def total(self) -> float:
-        """Bytes on each rank."""
-        return self.weights + self.gradients + self.moments + self.gathered
-
-
-def training_state(model_config: ModelConfig, config: TrainingConfig) -> State:
-    """State of a stage in float32."""
-    with torch.device("meta"):
-        model = Molmo2(model_config)
-    select_trained(model, config, seed=0)
-    parameters, trained = _count(model, trained=False), _count(model, trained=True)
-    ranks, gathered = config.world_size, 0
-    if ranks > 1:
-        is_unit = fsdp_units(model)
-        units = [module for module in model.modules() if is_unit(module)]
-        whole = [parameters - sum(_count(unit, trained=False) for unit in units)]
-        whole += [trained - sum(_count(unit, trained=True) for unit in units)]
-        block = model.decoder.stack.blocks[0]
-        gathered = sum(whole) + 2 * _count(block, trained=False) + _count(block, trained=True)
-    return State(
-        parameters=parameters,
-        trained=trained,
-        weights=parameters * FLOAT32 / ranks,
-        gradients=trained * FLOAT32 / ranks,
-        moments=2 * trained * FLOAT32 / ranks,
-        gathered=gathered * FLOAT32,
-    )
 
 
 def block_inputs(model_config: ModelConfig, stage: StageRecipe) -> int:
@@ -85,8 +44,9 @@ def block_inputs(model_config: ModelConfig, stage: StageRecipe) -> int:
     return decoder.num_layers * tokens * decoder.width * FLOAT32
 
 
-def _count(module: nn.Module, *, trained: bool) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
+def training_state(model_config: ModelConfig, config: TrainingConfig) -> MemoryEstimate:
+    """Of a stage; the pack does not matter."""
+    return estimate_memory(model_config, config, PackShape(tokens=0, crops=0, visual_tokens=0))
 
 
 def main() -> None:
@@ -103,9 +63,10 @@ def main() -> None:
         model_config, stage = named_config(recipe.model.size), getattr(recipe.train, options.stage)
         state = training_state(model_config, stage.training)
         everything = dataclasses.replace(stage.training, trainable=TrainableParts(), low_rank=None)
-        ratios.append(training_state(model_config, everything).total / state.total)
-        counts = f"{stage.world_size:>11}{state.parameters / 1e6:>11.0f}{state.trained / 1e6:>11.1f}"
-        sizes = (state.weights, state.gradients, state.moments, state.gathered, state.total)
+        ratios.append(training_state(model_config, everything).state / state.state)
+        parameters, trained = (count_parameters(model_config, stage.training, trained=t) for t in (False, True))
+        counts = f"{stage.world_size:>11}{parameters / 1e6:>11.0f}{trained / 1e6:>11.1f}"
+        sizes = (state.weights, state.gradients, state.moments, state.gathered, state.state)
         shown = "".join(f"{size / GB:>11.2f}" for size in (*sizes, block_inputs(model_config, stage)))
         print(f"{path.stem:<26}{counts}{shown}")
     print(f"everything trained, to {options.recipes[0].stem}: {ratios[0]:.2f} x the state")

@@ -21,6 +21,7 @@ from molmo2core.errors import Molmo2Error, PlatformError, RecipeError, exit_with
 from molmo2core.recipe.check import check_recipe
 from molmo2core.recipe.difference import difference_lines
 from molmo2core.recipe.load import load_recipe, read_recipe
+from molmo2core.recipe.memory import memory_lines
 from molmo2core.recipe.schema import Recipe
 from molmo2core.references import EvaluationRef
 from molmo2core.storage import is_remote
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = load_recipe(text, overrides, where=str(options.recipe))
         check_recipe(recipe, where=str(options.recipe))
         _print_choices(recipe, load_recipe(text, where=str(options.recipe)))
+        for line in memory_lines(recipe):
+            print(line)
         if options.command == "compile":
             return _compile(options.output, recipe)
         if options.command == "submit":

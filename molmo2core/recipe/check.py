@@ -292,6 +292,8 @@ def _check_resources(stage: StageRecipe, recipe: Recipe, place: str) -> None:
         f"num_processes {stage.num_processes} with resources.train.gpus {gpus}",
         "one process per GPU of a node, or no GPU at all",
     )
+    memory = recipe.resources["train"].gpu_gigabytes
+    _require(memory >= 0, place, f"resources.train.gpu_gigabytes {memory:g}", "0, for unknown, or more")
 
 
 def _check_layout(stage: StageRecipe, recipe: Recipe, place: str) -> None:

@@ -66,6 +66,9 @@ class StepResources:
     """Kubernetes quantity."""
     gpus: int = 0
     """Read for `train` and `evaluate` only."""
+    gpu_gigabytes: float = 0.0
+    """Memory of one GPU in 1e9 bytes, read for `train` only; 0: unknown.  Resolving warns of stages that need more
+    (recipe/memory.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)

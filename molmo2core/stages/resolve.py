@@ -17,6 +17,7 @@ from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.recipe.check import check_recipe
 from molmo2core.recipe.fingerprint import recipe_fingerprint
 from molmo2core.recipe.load import load_recipe, read_recipe, to_json
+from molmo2core.recipe.memory import memory_lines
 from molmo2core.recipe.schema import Recipe, StageRecipe, StepName, StepResources
 from molmo2core.recipe.sections import (
     STAGE_NAMES,
@@ -46,6 +47,8 @@ def run(recipe_text: str, *, overrides: Sequence[str] = ()) -> dict[str, str]:
     """
     recipe = load_recipe(recipe_text, overrides)
     check_recipe(recipe)
+    for line in memory_lines(recipe):
+        print(line)
     return cut_sections(recipe)
 
 
@@ -145,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(read_recipe(options.recipe), options.overrides, where=str(options.recipe))
         check_recipe(recipe, where=str(options.recipe))
+        for line in memory_lines(recipe):
+            print(line)
         for name, text in cut_sections(recipe).items():
             write_bytes(str(options.output / f"{name}.json"), text.encode())
     except Exception as error:
