@@ -20,6 +20,8 @@ from molmo2core.recipe.load import flatten
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import PackPlanRef, Reference, ShardsRef
 from molmo2core.stages.train_rank import METRICS
+from molmo2core.stages.train_upload import UPLOADS
+from molmo2core.training.checkpoint_folders import SAVES
 from molmo2core.training.page import PAGE, training_page
 from molmo2core.training.refused_steps import REFUSED
 from molmo2core.training.validation_files import PAGES, VALIDATION
@@ -59,6 +61,7 @@ class _Follower(threading.Thread):
         self.done = threading.Event()
         self.succeeded = False
         self._lines = GrowingLines(folder / METRICS)
+        self._saves = {"save": GrowingLines(folder / SAVES), "upload": GrowingLines(folder / UPLOADS)}
         self._drawn: Counter[str] = Counter()
         self._counted_step = self._sent_step = 0
         self._validations = GrowingLines(folder / VALIDATION)
@@ -98,6 +101,7 @@ class _Follower(threading.Thread):
                 for line, drawn in self._new_lines():
                     run.log_metrics(flat_metrics(line, drawn), line["step"], line["time_ms"])
                 self._send_validations(run)
+                self._send_saves(run)
             self._send_deviations(run)
             self._send_page(run)
             if not self.succeeded:
@@ -131,6 +135,13 @@ class _Follower(threading.Thread):
             if page.name not in self._sent_pages:
                 self._sent_pages.add(page.name)
                 run.log_artifact(page, PAGES)
+
+    def _send_saves(self, run: TrackedRun) -> None:
+        """`save/seconds`, `save/bytes` and `save/failed` (0 or 1), and the same of copies to the store."""
+        for name, lines in self._saves.items():
+            for line in lines.new():
+                numbers = {"seconds": line["seconds"], "bytes": line["bytes"], "failed": float(bool(line["problem"]))}
+                run.log_metrics({f"{name}/{key}": number for key, number in numbers.items()}, line["step"])
 
     def _send_page(self, run: TrackedRun) -> None:
         """Curves of all steps, and the packs of a step that was refused."""
