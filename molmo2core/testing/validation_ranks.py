@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from molmo2core.checkpoints.config import InitialWeights
+from molmo2core.errors import PlatformError
 from molmo2core.examples import Batch
 from molmo2core.loading.held_out import HeldOutPacks
 from molmo2core.model.config import named_config
@@ -26,6 +28,7 @@ from molmo2core.testing.tiny_examples import image_examples, text_examples, writ
 from molmo2core.testing.tiny_model import tiny_model
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 from molmo2core.testing.training import PACKING, pack_loader, training_config
+from molmo2core.testing.training_ranks import signal_after
 from molmo2core.tracking.config import TrackingConfig
 from molmo2core.training import trainer
 from molmo2core.training.callbacks.held_out_answers import HeldOutAnswers
@@ -167,6 +170,9 @@ def validate_in_every_way(folder: Path, shards: Sequence[ShardsRef]) -> dict[str
         stopped = stopped_while_validating(folder / way, shards, written=written, **two)
         results[f"stopped {way}"] = found_in(folder / way) | {"how": stopped}
         results[f"resumed {way}"] = train_validated(folder / way, shards, **two)
+    with signal_after(3, rank=1), contextlib.suppress(PlatformError):
+        train_validated(folder / "asked", shards, **two)
+    results["asked to stop"] = found_in(folder / "asked")
     none = replace(VALIDATION_CONFIG, split="test")
     results["empty"] = train_validated(folder / "empty", shards, **two, validation=none)
     return results

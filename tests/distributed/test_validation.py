@@ -153,6 +153,14 @@ def test_stopped_while_validating_nothing_is_twice_or_lost(
     assert largest_difference(resumed, undisturbed) == 0.0
 
 
+def test_a_training_that_is_asked_to_stop_stops(together: dict[str, Found]) -> None:
+    """At step 3, when nothing is due.  Composer's own intervals count the end of every training: a validation of
+    minutes when seconds are left, and one that an undisturbed training does not have."""
+    stopped = together["asked to stop"]
+    assert [line["step"] for line in lines_of(stopped, "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in lines_of(stopped)] == [2] and stopped[PAGES] == {}
+
+
 def test_answers_are_written_with_their_pictures(alone: tuple[Found, Found], together: dict[str, Found]) -> None:
     """Of both tasks, the same questions at each step, also where weights are gathered from two ranks.  Would catch
     answers of old weights or of weights that were not gathered whole (the other rank's halves would be zeros)."""
