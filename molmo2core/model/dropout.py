@@ -57,8 +57,8 @@ def drop(x: Tensor, dropout: TokenDropout | None, branch: int) -> Tensor:
     if dropout is None:
         return x
     width = x.shape[-1]
-    columns = _mixed(torch.arange(1, (width + 1) // 2 + 1, dtype=torch.int32, device=x.device))
-    bits = _mixed(_mixed(dropout.keys + _shift(branch + 1))[..., None] ^ columns)
+    rows = _mixed(dropout.keys + _shift(branch + 1))
+    bits = _mixed(rows[..., None] ^ _columns((width + 1) // 2, x.device))
     dropped = (dropout.probabilities * _LEVELS).round().clamp(max=_LEVELS - 1)[..., None]
     kept = bits.view(torch.int16)[..., :width] >= (dropped - _LEVELS // 2).to(torch.int16)
     scale = _LEVELS / (_LEVELS - dropped)
@@ -68,6 +68,17 @@ def drop(x: Tensor, dropout: TokenDropout | None, branch: int) -> Tensor:
 def _shift(branches: int) -> int:
     """What sets keys of different branches apart; shifts add up, modulo 2 ** 32."""
     return (branches * _STREAM + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def _columns(count: int, device: torch.device) -> Tensor:
+    """int32 [count], all different.
+
+    Without overflow: compiled code computes with what `arange` gives in 64 bits, whatever its type.
+    """
+    x = torch.arange(1, count + 1, device=device) * 0x9E3779B1 & 0xFFFFFFFF
+    x = (x ^ x >> 15) * 0x2C1B3C6D & 0xFFFFFFFF
+    x = (x ^ x >> 12) * 0x297A2D39 & 0xFFFFFFFF
+    return ((x ^ x >> 15) - (1 << 31)).to(torch.int32)
 
 
 def _mixed(x: Tensor) -> Tensor:
