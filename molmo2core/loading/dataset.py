@@ -151,7 +151,8 @@ class PackDataset(IterableDataset[Batch | Molmo2Error]):
             loaded = self.load(index)
             datasets = tuple(placed.dataset for placed in loaded.examples)
             batch = collate_packs([loaded.pack], numbers=[index], datasets=[datasets], deviations=loaded.deviations)
-            batch["loader_idle_seconds"] = idle / workers
+            # Summed over packs, the mean of all workers that take turns, also those of other ranks.
+            batch["loader_idle_seconds"] = idle / step
             given = time.monotonic()
             yield batch
             idle = time.monotonic() - given

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from molmo2core.errors import DataError, PlatformError
+from molmo2core.errors import DataError, Molmo2Error, PlatformError
 from molmo2core.examples import PADDING, Batch, Deviation, Example, TokenizedExample
 from molmo2core.loading import dataloader as dataloader_module
 from molmo2core.loading.collator import join_batches
@@ -520,13 +520,32 @@ def test_batches_tell_who_waited(data: Data) -> None:
     slow = Slow(**{field.name: getattr(PREPROCESSOR, field.name) for field in dataclasses.fields(PREPROCESSOR)})
     batch = next(iter(tiny_loader(data, preprocessor=slow)))
     assert batch["data_wait_seconds"] >= 0.1 * batch["num_examples"]
-    made = iter(tiny_loader(data).dataset)
+    first, second = two_packs(tiny_loader(data))
+    assert first["loader_idle_seconds"] == 0.0
+    assert second["loader_idle_seconds"] >= 0.2
+
+
+def test_idle_seconds_of_ranks_that_take_turns_are_their_mean(data: Data) -> None:
+    """Catches a wait of four ranks' workers, whose packs all make up one batch, that is four times as long."""
+
+    class FourTakeTurns:
+        rank, size = 1, 4
+
+        def __call__(self, found: Batch | Molmo2Error | None, source: int) -> Batch | Molmo2Error:
+            raise NotImplementedError
+
+    _, second = two_packs(tiny_loader(data, sharing=FourTakeTurns()))
+    assert 0.05 <= second["loader_idle_seconds"] < 0.2
+
+
+def two_packs(loader: PackLoader) -> tuple[Batch, Batch]:
+    """Two that a worker would make one after the other, of which the second is fetched 0.2 s late."""
+    made = iter(loader.dataset)
     first = next(made)
     time.sleep(0.2)
     second = next(made)
-    assert isinstance(first, dict) and isinstance(second, dict)
-    assert first["loader_idle_seconds"] == 0.0
-    assert second["loader_idle_seconds"] >= 0.2
+    assert not isinstance(first, Molmo2Error) and not isinstance(second, Molmo2Error)
+    return first, second
 
 
 def test_bounds_hold_for_every_epoch(data: Data) -> None:
