@@ -83,9 +83,9 @@ def run_torchrun(
                 module, found=f"stopped by {signal.Signals(received[0]).name}", mend="run it again to continue"
             )
         if code:
-            raise PlatformError(
-                module, found=f"a rank ended with {_name(code)}; its last lines:\n{tail}", mend="run it again"
-            )
+            was_killed = code == -signal.SIGKILL or "exitcode: -9)" in tail  # torchrun's words
+            mend = "run it again" + ("; if memory ran out (SIGKILL), give it more" if was_killed else "")
+            raise PlatformError(module, found=f"a rank ended with {_name(code)}; its last lines:\n{tail}", mend=mend)
 
 
 def _echo(stream: IO[str], show: Callable[[str], None]) -> str:

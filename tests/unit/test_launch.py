@@ -29,6 +29,11 @@ def main(arguments):
         if rank == "0":
             raise DataError("shard 3", found="a hole", expected="bytes", mend="build it again")
         time.sleep(60)
+    if what == "memory" and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "memory":
+        Path(folder, "pid-" + rank).write_text(str(os.getpid()))
+        time.sleep(60)
     if what == "crash":
         print("the last words")
         os._exit(9)
@@ -92,6 +97,17 @@ def test_the_first_ranks_error_is_raised(tmp_path: Path, environment: dict[str, 
 def test_a_crash_carries_the_last_lines(tmp_path: Path, environment: dict[str, str]) -> None:
     with pytest.raises(PlatformError, match=r"(?s)exit code 9.*the last words"):
         run_torchrun("launched_worker", ["crash", str(tmp_path)], num_processes=1, environment=environment)
+
+
+def test_a_rank_that_is_killed_for_memory_ends_the_others(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The kernel kills one rank when memory runs out.  Would catch ranks that wait in a collective until its timeout,
+    and a failure that does not say that a retry helps."""
+    started = time.monotonic()
+    with pytest.raises(PlatformError, match=r"(?s)a rank ended with .*memory ran out") as error:
+        run_torchrun("launched_worker", ["memory", str(tmp_path)], num_processes=2, environment=environment)
+    assert time.monotonic() - started < 50 and error.value.exit_code == 75
+    file = tmp_path / "pid-0"
+    assert not file.exists() or not is_running(int(file.read_text()))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,41 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> Non
     path.write_text(path.read_text() + '{"step": 5, "lo')
     _, lines = train_tiny(tmp_path, training_config(save_interval_steps=2))
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """On one rank, where torch says `unexpected pos`.  Would catch a bare error of torch's, and an end at the first.
+
+    tests/distributed/test_training_faults.py has several ranks, and room that comes back."""
+    config = training_config(save_interval_steps=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(
+            PlatformError, match=r"cannot write a checkpoint, 3 times in a row: .*File too large.*free space"
+        ):
+            train_tiny(tmp_path, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3] and saved_steps(str(tmp_path)) == []
+    _, lines = train_tiny(tmp_path, config)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_flipped_bit_costs_the_steps_of_one_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Composer loads it without a word: the fault behind the checksums.  Found, training ends with the same weights."""
+    config = training_config(steps=6, save_interval_steps=2)
+    expected, _ = train_tiny(tmp_path, config)
+    path = tmp_path / "ba6" / "state.pt"
+    content = bytearray(path.read_bytes())
+    name = "model.decoder.embedding.base"
+    weights = torch.load(path, weights_only=False)["state"]["model"][name]
+    content[content.index(weights.numpy().tobytes()) + 2] ^= 1
+    path.write_bytes(content)
+    assert not torch.load(path, weights_only=False)["state"]["model"][name].equal(weights)
+    found, lines = train_tiny(tmp_path, config)
+    printed = capsys.readouterr().out
+    assert "step 6 is damaged" in printed and "going on from step 4 instead" in printed
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert_identical(found, expected)
+    assert saved_steps(str(tmp_path)) == [6, 4] and not (tmp_path / ".replaced-ba6").exists()
