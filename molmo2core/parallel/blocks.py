@@ -8,10 +8,13 @@ gradients (validation, generation) a block runs as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from molmo2core.model.molmo2 import Molmo2
@@ -20,18 +23,19 @@ Forward = Callable[..., Any]
 
 
 def checkpoint_activations(
-    model: Molmo2, *, vision_encoder: int = 0, connector: bool = False, decoder: int = 0
+    model: Molmo2, *, vision_encoder: int = 0, connector: bool = False, decoder: int = 0, on_host: bool = False
 ) -> None:
     """Have blocks keep their inputs alone for the backward pass, which computes the rest again.
 
     Args:
         vision_encoder, decoder: every n-th block, from the first; 0 is none.
+        on_host: keep them in the host's memory, pinned where there is a GPU.
     """
     chosen: list[nn.Module] = [*_every(model.vision_encoder.blocks, vision_encoder)]
     chosen += [model.connector] if connector else []
     chosen += _every(model.decoder.stack.blocks, decoder)
     for module in chosen:
-        _while_training(module, _recomputed)
+        _while_training(module, partial(_recomputed, on_host=on_host))
     model.register_forward_pre_hook(_keep_no_casts)
 
 
@@ -64,10 +68,12 @@ def _every(blocks: nn.ModuleList, interval: int) -> Iterable[nn.Module]:
     return list(blocks)[::interval] if interval else ()
 
 
-def _recomputed(forward: Forward) -> Forward:
+def _recomputed(forward: Forward, *, on_host: bool) -> Forward:
     def run(*arguments: Any) -> Any:
-        # No random state to restore: dropout's masks follow from its keys.
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+        # What the block saves is left to `checkpoint`, which saves tensors among its arguments as others do: those go.
+        with save_on_cpu(pin_memory=torch.cuda.is_available()) if on_host else nullcontext():
+            # No random state to restore: dropout's masks follow from its keys.
+            return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     return run
 

@@ -108,6 +108,14 @@ def _check_numbers(stage: StageRecipe, place: str) -> None:
     for name in ("vision_encoder", "decoder"):
         value = getattr(stage.activation_checkpointing, name)
         _require(value >= 0, place, f"activation_checkpointing.{name} {value}", "every n-th block, or 0 for none")
+    chosen = stage.activation_checkpointing
+    _require(
+        not chosen.on_host or bool(chosen.vision_encoder or chosen.connector or chosen.decoder),
+        place,
+        "activation_checkpointing.on_host without a checkpointed block",
+        "blocks whose inputs go to the host",
+        "set activation_checkpointing.decoder or vision_encoder to 1",
+    )
     _check_validation(stage.validation, place)
     _check_watching(stage, place)
     for name in ("residual", "response_residual"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from molmo2core.model.config import ModelConfig
 from molmo2core.model.molmo2 import Molmo2
+from molmo2core.parallel.blocks import checkpoint_activations, compile_blocks
 from molmo2core.parallel.context_parallel import apply_context_parallel
 from molmo2core.testing.tiny_model import Variant, random_model, tiny_config
 from molmo2core.testing.training import Pack, random_pack
@@ -21,6 +23,21 @@ from molmo2core.training.microbatch import MicrobatchMaker
 
 Gradients = dict[str, torch.Tensor]
 DROPOUT = DropoutConfig(residual=0.2, response_residual=0.1)
+
+
+def _compile_and_recompute(model: Molmo2) -> None:
+    compile_blocks(model)
+    checkpoint_activations(model, vision_encoder=1, connector=True, decoder=1)
+
+
+def _recompute_from_host(model: Molmo2) -> None:
+    checkpoint_activations(model, vision_encoder=1, connector=True, decoder=1, on_host=True)
+
+
+CHANGES: dict[str, Callable[[Molmo2], None]] = {
+    "recomputed from the host": _recompute_from_host,
+    "compiled and recomputed": _compile_and_recompute,
+}
 
 
 def packs_for(config: ModelConfig) -> dict[str, Pack]:
@@ -35,17 +52,25 @@ def packs_for(config: ModelConfig) -> dict[str, Pack]:
 
 
 def gradients_of_all(
-    models: Mapping[str, ModelConfig], size: int = 1, group: dist.ProcessGroup | None = None
+    models: Mapping[str, ModelConfig],
+    size: int = 1,
+    group: dist.ProcessGroup | None = None,
+    change: Callable[[Molmo2], None] | None = None,
 ) -> dict[tuple[str, str], tuple[float, Gradients]]:
     """Loss and gradients of each model and pack, summed over the `size` ranks of `group`, which share the pack.
 
     Each rank has all weights, so that what is compared is the cutting and the exchanges and nothing else.
+
+    Args:
+        change: what else is done to each model.
     """
     results = {}
     for model_name, config in models.items():
         model = random_model(config, seed=3).double()
         if group is not None:
             apply_context_parallel(model, group)
+        if change is not None:
+            change(model)
         maker = MicrobatchMaker(
             im_patch_id=model.im_patch_id,
             dropout=DROPOUT,
@@ -75,6 +100,20 @@ def shared_gradients_by_size(
 ) -> dict[int, dict[tuple[str, str], tuple[float, Gradients]]]:
     """For each size of a group, in one run of ranks."""
     return {size: shared_gradients(models, size) for size in sizes}
+
+
+def gradients_of_changed_blocks(
+    models: Mapping[str, ModelConfig],
+) -> dict[str, dict[tuple[str, str], tuple[float, Gradients]]]:
+    """`gradients_of_all` of all ranks in one group, with blocks that are compiled (as far as autograd's graphs) and
+    computed twice, or whose inputs wait on the host."""
+    group = dist.group.WORLD
+    assert group is not None
+    results = {}
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        for name, change in CHANGES.items():
+            results[name] = gradients_of_all(models, group.size(), group, change)
+    return results
 
 
 def exchanged(model_config: ModelConfig, pack: Pack) -> dict[str, list[int]]:

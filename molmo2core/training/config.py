@@ -117,6 +117,9 @@ class CheckpointedActivations:
     connector: bool = False
     decoder: int = 0
     """Every n-th block; 0 is none."""
+    on_host: bool = False
+    """Keep these inputs in the host's pinned memory instead of the GPU's, at the cost of two copies; not run on a GPU
+    yet."""
 
 
 @dataclass(frozen=True, kw_only=True)

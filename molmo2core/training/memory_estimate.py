@@ -137,8 +137,16 @@ def estimate_memory(model: ModelConfig, config: TrainingConfig, pack: PackShape)
     kept_vision = features + (0 if chosen.connector else connector_saved)
     if trains_vision:
         kept_vision += patches * model.geometry.patch_bytes * number
-        kept_vision += _kept(vision.num_layers, chosen.vision_encoder, patches * vision.width * FULL, vision_saved)
-    kept_decoder = _kept(decoder.num_layers, chosen.decoder, tokens * decoder.width * FULL, decoder_saved)
+        kept_vision += _kept(
+            vision.num_layers,
+            chosen.vision_encoder,
+            patches * vision.width * FULL,
+            vision_saved,
+            on_host=chosen.on_host,
+        )
+    kept_decoder = _kept(
+        decoder.num_layers, chosen.decoder, tokens * decoder.width * FULL, decoder_saved, on_host=chosen.on_host
+    )
     # Output of the last block, its norm and what that keeps, and the loss's gradient of it; rotary tables.
     kept_decoder += tokens * decoder.width * (3 * FULL + number)
     kept_decoder += tokens * decoder.head_dim * 2 * FULL * (2 if decoder.rope_scaling else 1)
@@ -257,10 +265,10 @@ def _gathered(weights: tuple[_Weights, ...], config: TrainingConfig) -> float:
     return number * (root + others + trained_block)
 
 
-def _kept(blocks: int, interval: int, inputs: float, saved: float) -> float:
-    """Of so many blocks, every `interval`-th of which keeps its inputs alone."""
+def _kept(blocks: int, interval: int, inputs: float, saved: float, *, on_host: bool) -> float:
+    """Of so many blocks, every `interval`-th of which keeps its inputs alone, here or on the host."""
     checkpointed = ceil(blocks / interval) if interval else 0
-    return blocks * inputs + (blocks - checkpointed) * saved
+    return (blocks - checkpointed) * (inputs + saved) + (0 if on_host else checkpointed * inputs)
 
 
 def _saved_by_decoder_block(decoder: DecoderConfig, length: int, ranks: int, *, number: int, dropped: bool) -> float:

@@ -31,7 +31,11 @@ def place_model(model: Molmo2, config: TrainingConfig, device_type: str) -> None
         compile_blocks(model)
     chosen = config.activation_checkpointing
     checkpoint_activations(
-        model, vision_encoder=chosen.vision_encoder, connector=chosen.connector, decoder=chosen.decoder
+        model,
+        vision_encoder=chosen.vision_encoder,
+        connector=chosen.connector,
+        decoder=chosen.decoder,
+        on_host=chosen.on_host,
     )
 
 

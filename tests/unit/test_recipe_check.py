@@ -81,6 +81,8 @@ def test_every_recipe_keeps_the_rules_in_both_profiles(path: Path, profile: str)
         (["train.sft.attention=flash"], ["attention 'flash' with precision 'fp32'", "amp_bf16"]),
         (["train.sft.sharding.precision=pure"], ["sharding.precision 'pure'", "precision 'fp32'", "amp_bf16"]),
         (["train.sft.activation_checkpointing.decoder=-1"], ["activation_checkpointing.decoder -1"]),
+        (["train.sft.activation_checkpointing.on_host=true"], ["on_host without a checkpointed block"]),
+        (["resources.train.gpu_gigabytes=-1"], ["resources.train.gpu_gigabytes -1"]),
         (["train.sft.dropout.residual=1.0"], ["dropout.residual 1.0"]),
         (["train.sft.spike_guard.window=0"], ["spike_guard.window 0"]),
         (["train.sft.spike_guard.factor=1.0"], ["spike_guard.factor 1.0"]),
