@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from molmo2core.model.connector import Connector
 from molmo2core.model.decoder import DecoderBlock, TokenEmbedding
@@ -24,3 +25,16 @@ def fsdp_units(model: Molmo2) -> Callable[[nn.Module], bool]:
     if model.decoder.head is not None:
         kinds += (TokenEmbedding,)
     return lambda module: isinstance(module, kinds)
+
+
+def reduce_a_head_alone(model: Molmo2) -> None:
+    """Have FSDP reduce the gradient of a head below which nothing is trained.  Call before the model is sharded.
+
+    FSDP notices a backward pass by the gradient of what `model` returns.  Without one the head's would stay on its
+    rank, and no step would change it.
+    """
+    model.register_forward_hook(_with_a_gradient)
+
+
+def _with_a_gradient(_model: nn.Module, _arguments: object, hidden: Tensor) -> Tensor:
+    return hidden if hidden.requires_grad or not torch.is_grad_enabled() else hidden.requires_grad_()

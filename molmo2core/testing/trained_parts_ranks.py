@@ -22,6 +22,12 @@ WAYS: dict[str, dict[str, Any]] = {
     # Blocks that are one unit of FSDP and frozen; a root unit that is partly frozen.
     "frozen_vision": {"trainable": TrainableParts(vision_encoder=False, input_embedding=False)},
     "frozen_decoder": {"trainable": TrainableParts(decoder=False, output_head=False)},
+    # FSDP sees no gradient arrive at the model.
+    "head_alone": {
+        "trainable": TrainableParts(
+            input_embedding=False, final_norm=False, vision_encoder=False, connector=False, decoder=False
+        ),
+    },
     # Of a rank of 1, the second process has no row of A; frozen matrices and adapters lie in the same unit.
     "low_rank": {
         "trainable": TrainableParts(

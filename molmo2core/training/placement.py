@@ -11,6 +11,7 @@ from molmo2core.model.backends import select_attention
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.parallel.blocks import checkpoint_activations, compile_blocks
 from molmo2core.parallel.context_parallel import apply_context_parallel
+from molmo2core.parallel.fsdp import reduce_a_head_alone
 from molmo2core.parallel.mesh import build_mesh
 from molmo2core.training.config import ShardingConfig, ShardingPrecision, TrainingConfig
 
@@ -24,6 +25,8 @@ def place_model(model: Molmo2, config: TrainingConfig, device_type: str) -> None
         device_type: `cpu` or `cuda`.
     """
     select_attention(model, config.attention, torch.device(device_type))
+    if dist.get_world_size() > 1:
+        reduce_a_head_alone(model)
     if config.context_parallel > 1:
         mesh = build_mesh(dist.get_world_size(), config.context_parallel, device_type)
         apply_context_parallel(model, mesh.get_group("cp"))
