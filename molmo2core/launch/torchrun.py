@@ -10,7 +10,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
@@ -37,8 +38,9 @@ def run_torchrun(
 ) -> None:
     """Run `module`'s `main(arguments) -> int` on `num_processes` ranks of this machine and wait for them.
 
-    One rank runs as a plain process, several under torchrun.  SIGTERM and SIGINT are passed on as SIGTERM, and the
-    ranks' graceful end is awaited.  Killed with SIGKILL, this process takes all ranks along.
+    One rank runs as a plain process, several under torchrun.  SIGTERM and SIGINT are passed on to the ranks as SIGTERM,
+    and their graceful end is awaited, however long it takes: torchrun's agent, were it told, would kill them after
+    30 s.  Killed with SIGKILL, this process takes all ranks along.
 
     Args:
         environment: added to this process's environment.
@@ -70,9 +72,10 @@ def run_torchrun(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, not the agent or loader workers
         )
         assert process.stdout is not None
-        with _passed_on_signals(process) as received, process.stdout:
+        with _passed_on_signals(process, num_processes) as received, process.stdout:
             tail = _echo(process.stdout, show)
             code = process.wait()
         error = child.read_error(error_file)
@@ -100,8 +103,15 @@ def _name(code: int) -> str:
     return f"exit code {code}" if code > 0 else signal.Signals(-code).name
 
 
+def _children(pid: int) -> list[int]:
+    """Processes that the main thread of `pid` has started (Linux; elsewhere none are known)."""
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
 @contextmanager
-def _passed_on_signals(process: subprocess.Popen[str]) -> Iterator[list[int]]:
+def _passed_on_signals(process: subprocess.Popen[str], num_processes: int) -> Iterator[list[int]]:
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield received
@@ -109,7 +119,12 @@ def _passed_on_signals(process: subprocess.Popen[str]) -> Iterator[list[int]]:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        process.send_signal(signal.SIGTERM)
+        if process.poll() is not None:
+            return
+        ranks = _children(process.pid) if num_processes > 1 else []
+        for pid in ranks or [process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     Handler = Callable[[int, FrameType | None], object] | int | None
     before: dict[signal.Signals, Handler] = {

@@ -116,14 +116,16 @@ def test_a_rank_that_is_killed_for_memory_ends_the_others(tmp_path: Path, enviro
 def test_no_rank_outlives_its_launcher(
     tmp_path: Path, environment: dict[str, str], ranks: int, how: signal.Signals
 ) -> None:
-    """After SIGKILL of the launcher alone, torchrun's ranks would train on as orphans; SIGTERM reaches each rank."""
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(tmp_path), str(ranks)],
-        env=os.environ | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """After SIGKILL of the launcher alone, torchrun's ranks would train on as orphans; SIGTERM reaches each rank, but
+    not torchrun's agent, which kills ranks that are not done with their step and checkpoint after 30 s."""
+    with (tmp_path / "shown").open("w") as shown:
+        launcher = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, str(tmp_path), str(ranks)],
+            env=os.environ | environment,
+            stdout=shown,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     files = [tmp_path / f"pid-{rank}" for rank in range(ranks)]
     assert wait_for(lambda: all(file.exists() and file.read_text() for file in files))
     pids = [int(file.read_text()) for file in files]
@@ -135,5 +137,7 @@ def test_no_rank_outlives_its_launcher(
     if how == signal.SIGTERM:
         assert all(file.exists() for file in stopped)
         assert "PlatformError" in error and "stopped by SIGTERM" in error
+        said = (tmp_path / "shown").read_text()
+        assert "rank 0" in said and "closing signal" not in said, "the agent's words when it begins to count"
     else:
         assert not any(file.exists() for file in stopped)
