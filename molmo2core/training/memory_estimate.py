@@ -122,8 +122,11 @@ def estimate_memory(model: ModelConfig, config: TrainingConfig, pack: PackShape)
     patches, pools = crops * model.geometry.num_patches, ceil(pack.visual_tokens / shared)
     decoder, vision = model.decoder, model.vision_encoder
     dropped = bool(config.dropout.residual or config.dropout.on_responses)
+    # What is gathered in bfloat16 gives a residual stream of that.
+    rounds = mixed and ranks > 1 and config.sharding.precision != "full"
+    stream = 2 if rounds else FULL
     # Weights that autocast has rounded are saved for a block's backward pass, unless they are gathered like that.
-    casts = number if mixed and (ranks == 1 or config.sharding.precision == "full") else 0
+    casts = number if mixed and not rounds else 0
     decoder_saved = _saved_by_decoder_block(decoder, pack.tokens, shared, number=number, dropped=dropped)
     decoder_saved += casts * _count(weights, config, trained=False, unit="decoder_block") / decoder.num_layers
     vision_saved = _saved_by_vision_block(vision, patches, number=number)
@@ -133,7 +136,7 @@ def estimate_memory(model: ModelConfig, config: TrainingConfig, pack: PackShape)
     trains_vision = config.trainable.vision_encoder or (
         config.low_rank is not None and "vision_encoder" in config.low_rank.parts
     )
-    features = patches * vision.width * len(vision.feature_layers) * FULL
+    features = patches * vision.width * len(vision.feature_layers) * stream
     kept_vision = features + (0 if chosen.connector else connector_saved)
     if trains_vision:
         kept_vision += patches * model.geometry.patch_bytes * number
@@ -145,7 +148,7 @@ def estimate_memory(model: ModelConfig, config: TrainingConfig, pack: PackShape)
             on_host=chosen.on_host,
         )
     kept_decoder = _kept(
-        decoder.num_layers, chosen.decoder, tokens * decoder.width * FULL, decoder_saved, on_host=chosen.on_host
+        decoder.num_layers, chosen.decoder, tokens * decoder.width * stream, decoder_saved, on_host=chosen.on_host
     )
     # Output of the last block, its norm and what that keeps, and the loss's gradient of it; rotary tables.
     kept_decoder += tokens * decoder.width * (3 * FULL + number)
@@ -161,7 +164,7 @@ def estimate_memory(model: ModelConfig, config: TrainingConfig, pack: PackShape)
     ) + 2 * pools * model.geometry.max_pool * width * FULL
     return MemoryEstimate(
         weights=parameters * FULL / ranks,
-        gradients=trained * FULL / ranks,
+        gradients=trained * FULL / ranks + _whole_gradients(trained, config),
         moments=2 * trained * FULL / ranks,
         gathered=_gathered(weights, config) if ranks > 1 else 0,
         pack=_on_device(model, pack, tokens=tokens, patches=patches, pools=pools),
@@ -263,6 +266,13 @@ def _gathered(weights: tuple[_Weights, ...], config: TrainingConfig) -> float:
         return number * (root + 2 * block + trained_block)
     others = _count(weights, config, trained=False) - _count(weights, config, trained=False, unit="root")
     return number * (root + others + trained_block)
+
+
+def _whole_gradients(trained: int, config: TrainingConfig) -> float:
+    """Of gradients that ranks do not add up before the last pass of a step."""
+    if config.sharding.reduce_every_pass or config.world_size == 1:
+        return 0
+    return trained * (2 if config.sharding.precision == "pure" else FULL)
 
 
 def _kept(blocks: int, interval: int, inputs: float, saved: float, *, on_host: bool) -> float:

@@ -15,7 +15,7 @@ from molmo2core.model.molmo2 import Molmo2
 from molmo2core.packing.config import PackingConfig
 from molmo2core.parallel.fsdp import fsdp_units
 from molmo2core.testing.training import training_config
-from molmo2core.training.config import LowRankConfig, ShardingConfig, TrainableParts
+from molmo2core.training.config import CheckpointedActivations, LowRankConfig, ShardingConfig, TrainableParts
 from molmo2core.training.memory_estimate import (
     LOSS_CHUNK,
     MASK_BLOCK,
@@ -72,6 +72,36 @@ def test_state_of_one_rank_is_sixteen_bytes_a_parameter() -> None:
     assert estimate_memory(model, training_config(), shape).state == 16 * 4_461_913_040
     sharded = estimate_memory(model, training_config(num_processes=8), shape)
     assert sharded.state - sharded.gathered == 2 * 4_461_913_040
+
+
+@pytest.mark.parametrize(
+    ("changes", "saved"),
+    [
+        ({"activation_checkpointing": CheckpointedActivations(vision_encoder=1, connector=True, decoder=1)}, 0.5),
+        ({"activation_checkpointing": CheckpointedActivations(decoder=2)}, 0.1),
+        ({"trainable": TrainableParts(vision_encoder=False)}, 0.1),
+        ({"sharding": ShardingConfig(precision="mixed")}, 0.02),
+    ],
+)
+def test_what_saves_memory_is_estimated_to(changes: dict[str, Any], saved: float) -> None:
+    """Each by more than a share; would catch a setting that the estimate reads the wrong way round."""
+    model, shape = named_config("4b"), PackShape(tokens=16_384, crops=128, visual_tokens=10_368)
+    plain = training_config(num_processes=8, precision="amp_bf16")
+    before, after = (estimate_memory(model, c, shape) for c in (plain, dataclasses.replace(plain, **changes)))
+    assert after.total < (1 - saved) * before.total
+
+
+def test_what_moves_or_adds_memory() -> None:
+    """Inputs that go to the host are not kept; gradients that wait for the last pass are whole."""
+    model, shape = named_config("4b"), PackShape(tokens=16_384, crops=128, visual_tokens=10_368)
+    here = CheckpointedActivations(vision_encoder=1, connector=True, decoder=1)
+    plain = training_config(num_processes=8, precision="amp_bf16", activation_checkpointing=here)
+    on_host = dataclasses.replace(plain, activation_checkpointing=dataclasses.replace(here, on_host=True))
+    kept, left = (estimate_memory(model, config, shape).kept for config in (plain, on_host))
+    assert kept - left == 36 * 16_384 * 2560 * 4 + 25 * 128 * 729 * 1152 * 4
+    late = dataclasses.replace(plain, sharding=ShardingConfig(reduce_every_pass=False))
+    sharded, whole = (estimate_memory(model, config, shape).gradients for config in (plain, late))
+    assert whole - sharded == 4 * 4_461_913_040
 
 
 @pytest.mark.parametrize("size", SIZES)
