@@ -141,6 +141,20 @@ def test_groups_have_as_many_datasets_as_published(recipe: Recipe) -> None:
     assert used == set(recipe.data.manifests)
 
 
+def test_the_tiny_recipe_has_every_stage_in_small() -> None:
+    """Its third stage shares longer sequences with more frames between two processes, on the mixture of the second, as
+    the large recipes do between eight."""
+    train = load_recipe((RECIPES / "tiny.yaml").read_text()).train
+    for stages in (train, *(recipe.train for recipe in LARGE.values())):
+        long, before = stages.long_context, stages.sft
+        assert long.context_parallel == long.num_processes > before.context_parallel == 1
+        assert long.mixture == before.mixture
+        assert 0 < long.steps < before.steps
+        assert long.packing.sequence_tokens > before.packing.sequence_tokens
+        assert long.preprocessing.max_frames > before.preprocessing.max_frames
+    assert train.long_context.context_parallel == 2
+
+
 def test_inference_limits(recipe: Recipe) -> None:
     limits = recipe.evaluate.preprocessing
     assert (limits.max_crops, limits.max_images, limits.max_frames, limits.max_fps) == (24, 20, 384, 2.0)
