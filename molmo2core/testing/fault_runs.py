@@ -23,7 +23,8 @@ from molmo2core.testing.tiny_model import tiny_model
 from molmo2core.testing.training_ranks import train_tiny
 from molmo2core.training import trainer
 from molmo2core.training.callbacks import checkpoint_writer
-from molmo2core.training.checkpoint_folders import saved_steps
+from molmo2core.training.checkpoint_folders import CheckpointPlace, saved_steps
+from molmo2core.training.checkpointing import checkpoint_to_load
 from molmo2core.training.config import TrainingConfig
 
 Phase = Literal["start", "step", "save", "stop"]
@@ -50,7 +51,7 @@ class Run:
     weights: dict[str, torch.Tensor] | None
     lines: list[dict[str, Any]]
     durations: dict[Phase, float]
-    """Seconds that a phase takes, its longest."""
+    """Seconds that a phase takes at least."""
 
 
 def train_or_die(folder: Path, config: TrainingConfig, kill: Kill | None) -> Run:
@@ -113,7 +114,7 @@ class _Watch(Callback):  # type: ignore[misc]
 
     def ends(self, phase: Phase) -> None:
         """Note how long it took."""
-        self.durations[phase] = max(self.durations.get(phase, 0.0), time.monotonic() - self._began)
+        self.durations[phase] = min(self.durations.get(phase, 1e9), time.monotonic() - self._began)
 
     def fit_start(self, state: Any, logger: Any) -> None:
         self.ends("start")
@@ -146,8 +147,8 @@ def _watched(watch: _Watch) -> Iterator[None]:
         yield
 
 
-def train_on_full_disk(folder: Path, config: TrainingConfig, after_step: int, until_step: int) -> str:
-    """Train while files on rank 1 cannot grow between two steps; the error that ends it, if any."""
+def train_on_full_disk(folder: Path, config: TrainingConfig, after_step: int, until_step: int) -> tuple[Any, str]:
+    """Train while files on rank 1 cannot grow between two steps; weights (on rank 0), or the error that ends it."""
 
     class Quota(Callback):  # type: ignore[misc]
         def batch_start(self, state: Any, logger: Any) -> None:
@@ -161,12 +162,18 @@ def train_on_full_disk(folder: Path, config: TrainingConfig, after_step: int, un
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         with mock.patch.object(trainer, "Trainer", with_quota):
-            train_tiny(folder, config)
+            return train_tiny(folder, config)[0], ""
     except PlatformError as error:
-        return str(error)
+        return None, str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return ""
+
+
+def step_agreed_on(folder: Path) -> tuple[Path | None, list[Path]]:
+    """What each rank goes on from if it is a node of its own, with its checkpoints in a folder with its number."""
+    place = CheckpointPlace(folder=folder / f"node-{dist.get_global_rank()}")
+    with mock.patch.dict(os.environ, LOCAL_RANK="0"):
+        return checkpoint_to_load([place]), sorted(place.folder.iterdir())
 
 
 def load_and_go_on(folder: Path, config: TrainingConfig, steps: int) -> tuple[Any, Any]:

@@ -9,7 +9,6 @@ import json
 import random
 import secrets
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +18,22 @@ import torch
 from molmo2core import storage
 from molmo2core.errors import PlatformError
 from molmo2core.testing.distributed import run_distributed
-from molmo2core.testing.fault_runs import Kill, Phase, Run, load_and_go_on, train_on_full_disk, train_or_die
+from molmo2core.testing.fault_runs import (
+    Kill,
+    Phase,
+    Run,
+    load_and_go_on,
+    step_agreed_on,
+    train_on_full_disk,
+    train_or_die,
+)
 from molmo2core.testing.tiny_model import tiny_model
 from molmo2core.testing.training import training_config
 from molmo2core.testing.training_ranks import DROPOUT
 from molmo2core.training.checkpoint_folders import checkpoint_name, saved_steps
 from molmo2core.training.config import GroupSchedule, OptimizerConfig, TrainingConfig
 
-PHASES: tuple[Phase, ...] = ("start", "step", "save", "stop")
+PHASES: tuple[Phase, ...] = ("save", "step", "stop", "start")
 
 
 def config(ranks: int, **changes: Any) -> TrainingConfig:
@@ -43,9 +50,9 @@ def assert_same(found: dict[str, torch.Tensor] | None, expected: dict[str, torch
     assert [name for name in expected if not found[name].equal(expected[name])] == []
 
 
-@pytest.mark.parametrize(("ranks", "kills", "steps"), [(1, 20, 40), (2, 4, 10)])
+@pytest.mark.parametrize(("ranks", "kills", "steps", "interval"), [(1, 20, 40, 2), (2, 3, 12, 4)])
 def test_killed_at_random_moments_training_ends_with_the_same_weights(
-    tmp_path: Path, ranks: int, kills: int, steps: int
+    tmp_path: Path, ranks: int, kills: int, steps: int, interval: int
 ) -> None:
     """kill -9 while training starts, in steps, in saves, and in the save after a SIGTERM: bit for bit the undisturbed
     run's weights and losses.  With two ranks one of them is killed, as by the kernel when memory runs out, and the
@@ -55,7 +62,7 @@ def test_killed_at_random_moments_training_ends_with_the_same_weights(
     seed = secrets.randbits(32)
     print(f"seed of the moments: {seed}")
     draw = random.Random(seed)
-    settings = config(ranks, steps=steps)
+    settings = config(ranks, steps=steps, save_interval_steps=interval)
     undisturbed = run(tmp_path / "undisturbed", settings)
     folder = tmp_path / "killed"
     moments: list[tuple[Phase, int]] = []
@@ -64,9 +71,9 @@ def test_killed_at_random_moments_training_ends_with_the_same_weights(
         if len(moments) == kills:
             break
         phase = PHASES[attempt % len(PHASES)]
-        longest = undisturbed.durations["save" if phase == "stop" else phase]
-        number = draw.randint(1, 2 if phase == "save" else 3)
-        kill = Kill(phase=phase, number=number, seconds=draw.uniform(0, longest), rank=draw.randrange(ranks))
+        seconds = draw.uniform(0, undisturbed.durations["save" if phase == "stop" else phase])
+        number = draw.randint(1, 3) if phase in ("step", "stop") else 1
+        kill = Kill(phase=phase, number=number, seconds=seconds, rank=draw.randrange(ranks))
         before = saved_steps(str(folder))
         with pytest.raises(PlatformError, match=r"the process died|asked to stop") as error:
             run(folder, settings, kill)
@@ -81,7 +88,9 @@ def test_killed_at_random_moments_training_ends_with_the_same_weights(
     assert_same(found.weights, undisturbed.weights)
     for name in ("step", "loss", "packs", "tokens"):
         assert [line[name] for line in found.lines] == [line[name] for line in undisturbed.lines], name
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted([f"ba{steps - 2}", f"ba{steps}"])
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted(
+        [f"ba{steps - interval}", f"ba{steps}"]
+    )
 
 
 def test_checkpoints_go_on_on_any_number_of_ranks(tmp_path: Path) -> None:
@@ -121,18 +130,36 @@ def test_checkpoints_go_on_on_any_number_of_ranks(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_for_a_while_costs_checkpoints_only(tmp_path: Path) -> None:
     """On one of two ranks files cannot grow.  Would catch a rank that waits for ever for one that could not write, a
     half-written checkpoint in place of the last good one, and an end of training for what somebody may mend."""
-    settings = config(2, steps=12, save_interval_steps=2)
-    errors = run_distributed(train_on_full_disk, 2, tmp_path / "mended", settings, 4, 8)
-    assert errors == ["", ""]
+    settings = config(2, steps=10)
+    results = run_distributed(train_on_full_disk, 2, tmp_path / "mended", settings, 4, 8)
+    assert [error for _, error in results] == ["", ""]
     lines = [json.loads(line) for line in (tmp_path / "mended" / "saves.jsonl").read_text().splitlines()]
     assert [(line["step"], bool(line["problem"])) for line in lines] == [
-        (2, False), (4, False), (6, True), (8, True), (10, False), (12, False)
+        (2, False), (4, False), (6, True), (8, True), (10, False)
     ]  # fmt: skip
-    errors = run_distributed(train_on_full_disk, 2, tmp_path / "full", settings, 4, 12)
-    for error in errors:
+    for _, error in run_distributed(train_on_full_disk, 2, tmp_path / "full", settings, 4, 10):
         assert "cannot write a checkpoint, 3 times in a row" in error
         assert "free space for 3 checkpoints and run it again: it goes on from step 4" in error
     assert sorted(path.name for path in (tmp_path / "full").glob("*ba*")) == ["ba2", "ba4"]
     assert not (tmp_path / "full" / ".saving").exists()
     assert storage.damage(tmp_path / "full" / "ba4") == ""
-    assert_same(run(tmp_path / "full", settings).weights, run(tmp_path / "other", replace(settings)).weights)
+    assert_same(run(tmp_path / "full", settings).weights, results[0][0])
+
+
+def test_nodes_go_on_from_a_checkpoint_that_all_have(tmp_path: Path) -> None:
+    """One node has missed the newest, and another's is damaged.  Would catch ranks that start at different steps, or
+    wait for each other for ever."""
+    for rank, steps in enumerate(((2, 4, 6, 8), (2, 4, 6))):
+        for step in steps:
+            folder = tmp_path / f"node-{rank}" / checkpoint_name(step)
+            folder.mkdir(parents=True)
+            (folder / "state.pt").write_text(str(step))
+            storage.seal_folder(folder, {"state.pt": storage.file_facts(folder / "state.pt")}, {})
+    (tmp_path / "node-0" / "ba6" / "state.pt").write_text("?")
+    (tmp_path / "node-1" / ".saving").mkdir()
+    results = run_distributed(step_agreed_on, 2, tmp_path)
+    assert [found for found, _ in results] == [tmp_path / f"node-{rank}" / "ba4" for rank in range(2)]
+    assert [len(left) for _, left in results] == [4, 3]
+    for step in (2, 4):
+        shutil.rmtree(tmp_path / "node-1" / checkpoint_name(step))
+    assert [found for found, _ in run_distributed(step_agreed_on, 2, tmp_path)] == [None, None]
