@@ -15,7 +15,8 @@ from composer.utils import dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
-from molmo2core.errors import PlatformError
+from molmo2core import storage
+from molmo2core.errors import PlatformError, RecipeError
 from molmo2core.training.checkpoint_folders import (
     CONVERTED,
     RECORDS,
@@ -42,6 +43,22 @@ def checkpoint_to_load(places: Sequence[CheckpointPlace]) -> Path | None:
         if (step := _agreed_step(place)) is not None:
             return place.folder / checkpoint_name(step)
     return None
+
+
+def check_not_past(checkpoint: Path, steps: int) -> None:
+    """Whether a training of so many steps may go on from a checkpoint.
+
+    Raises:
+        RecipeError: it has done more: its weights would pass for those of fewer steps.
+    """
+    step = storage.open_committed(str(checkpoint)).meta["step"]
+    if step > steps:
+        raise RecipeError(
+            "training.steps",
+            found=f"{steps}, and {checkpoint} of step {step} to go on from",
+            expected=f"{step} or more",
+            mend="raise steps, or delete resume_from to start at step 0",
+        )
 
 
 def _agreed_step(place: CheckpointPlace) -> int | None:

@@ -33,7 +33,7 @@ from molmo2core.training.callbacks.group_learning_rates import GroupLearningRate
 from molmo2core.training.callbacks.held_out_answers import Answerer
 from molmo2core.training.callbacks.late_reduction import LateReduction
 from molmo2core.training.checkpoint_folders import CheckpointPlace
-from molmo2core.training.checkpointing import checkpoint_to_load, readable, restore_records
+from molmo2core.training.checkpointing import check_not_past, checkpoint_to_load, readable, restore_records
 from molmo2core.training.composer_guards import (
     average_gradients_on_gloo,
     check_fsdp2,
@@ -111,7 +111,7 @@ def train(
     Raises:
         PlatformError: training was asked to stop; a checkpoint of the last step done is in `folder`.  Or several saves
             failed in a row.
-        RecipeError: loss or gradients are not finite, or the checkpoint trained other parts.
+        RecipeError: loss or gradients are not finite, or the checkpoint trained other parts or more steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if config.steps == 0:
@@ -122,6 +122,7 @@ def train(
     checkpoint = checkpoint_to_load([own, resume_from] if resume_from is not None else [own])
     if checkpoint is not None:
         check_same_parts(checkpoint, config)
+        check_not_past(checkpoint, config.steps)
     trainer = build_trainer(
         model,
         loader,

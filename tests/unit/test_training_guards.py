@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -63,6 +64,29 @@ def test_a_run_killed_after_its_last_step_only_hands_its_weights_over(tmp_path: 
     again, same = train_tiny(tmp_path, training_config())
     assert_identical(again, first)
     assert same == lines
+
+
+def test_another_recipes_training_is_taken_up_with_the_own_recipe(tmp_path: Path) -> None:
+    """Would catch AdamW's constants that come back with its moments, where only learning rates were set anew; and
+    weights of more steps that pass for those of fewer."""
+    config = training_config(steps=3)
+    train_tiny(tmp_path, config)
+    used: list[Any] = []
+
+    class Note(Callback):  # type: ignore[misc]
+        def batch_end(self, state: Any, logger: Any) -> None:
+            groups = state.optimizers[0].param_groups
+            used.extend((group["betas"], group["eps"], group["weight_decay"]) for group in groups)
+
+    def noted(**arguments: Any) -> Trainer:
+        return Trainer(**arguments | {"callbacks": [*arguments["callbacks"], Note()]})
+
+    other = replace(config.optimizer, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.1)
+    with mock.patch.object(trainer, "Trainer", noted):
+        train_tiny(tmp_path, replace(config, steps=4, optimizer=other))
+    assert used == [((0.5, 0.6), 1e-3, 0.1)] * 3, "three groups in one step"
+    with pytest.raises(RecipeError, match=r"training.steps: 3, and .*/ba4 of step 4 .* expected 4 or more"):
+        train_tiny(tmp_path, config)
 
 
 def test_zero_steps_hand_over_the_weights_as_they_are(tmp_path: Path) -> None:

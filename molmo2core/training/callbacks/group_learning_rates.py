@@ -1,4 +1,4 @@
-"""Sets each parameter group's learning rate."""
+"""Sets each parameter group's learning rate, and what of AdamW is the recipe's."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ class GroupLearningRates(Callback):  # type: ignore[misc]
 
     def __init__(self, config: OptimizerConfig, steps: int) -> None:
         self.config, self.steps = config, steps
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """With a checkpoint's moments come the constants of whoever saved it: another recipe, after `resume_from`."""
+        config = self.config
+        for group in state.optimizers[0].param_groups:
+            group |= {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Before the update numbered one more than the updates done."""
