@@ -237,8 +237,8 @@ def test_a_store_that_fails_costs_warnings_only(
     fault: str,
 ) -> None:
     """An endpoint that is not there or overloaded (503), no right to write, a bucket that is gone: said, recorded,
-    tried again, and once the store works the newest checkpoint is in it.  Would catch a thread that dies of an error and
-    copies nothing ever after, and training that ends for it."""
+    tried again, and once the store works the newest checkpoint is in it.  Would catch a thread that dies of an error
+    and copies nothing ever after, and training that ends for it."""
     import boto3
 
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
