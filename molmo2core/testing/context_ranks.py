@@ -12,6 +12,7 @@ import torch
 from composer import Callback, Trainer
 
 from molmo2core.errors import PlatformError
+from molmo2core.loading.dataset import LoadedPack, PackDataset
 from molmo2core.parallel.mesh import host_context_group
 from molmo2core.parallel.pack_exchange import PackExchange
 from molmo2core.testing.loading import GLOBAL_BATCH, PACKING, open_loading_data, tiny_loader
@@ -87,6 +88,19 @@ def stop_on_two_ranks(data_folder: Path, folder: Path, optimizer: Any) -> str:
     except PlatformError as error:
         return str(error)
     return "no error"
+
+
+def fail_on_one_rank(data_folder: Path, folder: Path, optimizer: Any) -> None:
+    """Of two ranks that share sequences the second cannot load a pack in step 2, for a reason nobody thought of."""
+    load = PackDataset.load
+
+    def failing(dataset: PackDataset, index: int) -> LoadedPack:
+        if index == GLOBAL_BATCH + 1:
+            raise ValueError(f"pack {index} on rank {torch.distributed.get_rank()}")
+        return load(dataset, index)
+
+    with mock.patch.object(PackDataset, "load", failing):
+        train_shared(data_folder, folder, optimizer, ranks=2, context_parallel=2)
 
 
 def train_on_four_ranks(data_folder: Path, folder: Path, stopped: Path, optimizer: Any) -> dict[str, Trained]:

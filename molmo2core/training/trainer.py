@@ -144,12 +144,17 @@ def train(
             with worker_errors():
                 trainer.fit()
         step = int(trainer.state.timestamp.batch.value)
-        if stop.stopped and step < config.steps:
-            mend = f"run it again to continue from step {writer.saved_step}"
-            raise PlatformError(name, found=f"asked to stop after step {step} of {config.steps}", mend=mend)
-        return whole_weights(trainer.state.model, config)
-    finally:
-        trainer.close()
+        stopped = stop.stopped and step < config.steps
+        weights = None if stopped else whole_weights(trainer.state.model, config)
+    except BaseException:
+        # Trainer.close also waits for the other ranks, who may be waiting for what this one was about to do.
+        trainer.engine.close()
+        raise
+    trainer.close()
+    if stopped:
+        mend = f"run it again to continue from step {writer.saved_step}"
+        raise PlatformError(name, found=f"asked to stop after step {step} of {config.steps}", mend=mend)
+    return weights
 
 
 def build_trainer(

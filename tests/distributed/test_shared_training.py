@@ -15,6 +15,7 @@ from molmo2core.testing.context_ranks import (
     STEPS,
     STOPPED_AFTER,
     Trained,
+    fail_on_one_rank,
     packs_of,
     stop_on_two_ranks,
     train_on_four_ranks,
@@ -84,3 +85,11 @@ def test_the_next_batch_is_the_same_on_any_number_of_ranks(trained: tuple[Path, 
             assert set(map(str, noted)) <= set(map(str, steps))
     assert packs_of(folder / "one", 0, 0) == steps, "noted by rank 0 before the stop and after"
     assert [step for step, _ in packs_of(folder / "resumed", 0, 3)] == [3, 4]
+
+
+def test_an_unexpected_error_of_one_rank_ends_training(tmp_path: Path) -> None:
+    """Composer's Trainer.close waits for all ranks: the one with the error would, while the others wait for its pack,
+    and the launcher, which ends all when one fails, would hear of nothing for half an hour."""
+    write_loading_data(tmp_path)
+    with pytest.raises(ValueError, match="pack 5 on rank 1"):
+        run_distributed(fail_on_one_rank, 2, tmp_path, tmp_path / "out", LINEAR, timeout_seconds=60)
