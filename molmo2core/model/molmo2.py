@@ -108,14 +108,19 @@ class Molmo2(nn.Module):
     def _add_visual(self, embedded: Tensor, input_ids: Tensor, visual: Tensor) -> Tensor:
         places = (input_ids == self.im_patch_id).flatten().nonzero()[:, 0]
         if places.shape[0] != visual.shape[0]:
-            raise DataError(
-                "batch",
-                found=f"{places.shape[0]} <im_patch> tokens",
-                expected=f"{visual.shape[0]}, one for each row of pooling",
-                mend="tokenise with this model's geometry and tokenizer",
-            )
+            raise visual_mismatch(places.shape[0], visual.shape[0])
         flat = embedded.flatten(0, 1).index_add(0, places, visual.to(embedded.dtype))
         return flat.view_as(embedded)
+
+
+def visual_mismatch(places: int, features: int) -> DataError:
+    """A batch with so many <im_patch> tokens, and so many rows of pooling."""
+    return DataError(
+        "batch",
+        found=f"{places} <im_patch> tokens",
+        expected=f"{features}, one for each row of pooling",
+        mend="tokenise with this model's geometry and tokenizer",
+    )
 
 
 def group_of_parameter(name: str) -> ParameterGroup:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from molmo2core.examples import PADDING
-from molmo2core.model.molmo2 import VisualRoute
+from molmo2core.model.molmo2 import VisualRoute, visual_mismatch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,7 +57,12 @@ def visual_share(
         owners: int64 [C], the rank of each crop.
         places: visual tokens in each rank's part of the sequence, V in all.
         num_patches: of a crop.
+
+    Raises:
+        DataError: `places` are not V in all.
     """
+    if sum(places) != len(pooling):
+        raise visual_mismatch(sum(places), len(pooling))
     size = len(places)
     computed_by = _computed_by(pooling, owners, num_patches)
     used_by = torch.arange(size).repeat_interleave(torch.tensor(places))

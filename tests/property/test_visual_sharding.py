@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from molmo2core.errors import DataError
 from molmo2core.examples import PADDING
 from molmo2core.parallel.visual_sharding import VisualShare, crop_owners, visual_share
 
@@ -78,3 +80,11 @@ def test_frames_are_encoded_by_one_rank_only() -> None:
     assert [len(share.crops) for share in shares] == [48] * 8
     stay = [share.route.sent[rank] for rank, share in enumerate(shares)]
     assert stay == list(places), "nothing has to travel"
+
+
+@pytest.mark.parametrize("places", [(1, 1), (2, 2)])
+def test_places_without_features_are_a_data_error(places: tuple[int, ...]) -> None:
+    """A single rank finds out when it adds features to places; ranks that share, before anything is exchanged."""
+    pooling = torch.tensor([[0, 1], [5, 6], [7, PADDING]])
+    with pytest.raises(DataError, match=f"{sum(places)} <im_patch> tokens; expected 3"):
+        visual_share(pooling, crop_owners(2, 2), places, 0, num_patches=PATCHES)
