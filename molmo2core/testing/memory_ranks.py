@@ -61,21 +61,23 @@ def shape_of(case: Case) -> PackShape:
 
 
 def held_by_ranks(config: ModelConfig, cases: Sequence[Case]) -> list[Held]:
-    """For each case; all of the group's ranks hold as much, but for the targets that they happen to have."""
-    return [held_in_step(config, case) for case in cases]
+    """For each case, of this rank if it is one of the first group, else nothing."""
+    groups = {case.ranks: host_context_group(case.ranks) for case in cases}  # made by all ranks
+    nothing = Held(kept=0, peak=0)
+    return [
+        held_in_step(config, case, groups[case.ranks]) if dist.get_rank() < case.ranks else nothing for case in cases
+    ]
 
 
-def held_in_step(config: ModelConfig, case: Case) -> Held:
-    """Measured in the second step: gradients of weights are there, as in all microbatches but the first."""
+def held_in_step(config: ModelConfig, case: Case, group: dist.ProcessGroup) -> Held:
+    """One forward and backward pass of this rank's share."""
     model = random_model(config, seed=3).train()
-    context_rank = dist.get_rank() % case.ranks
-    group = host_context_group(case.ranks)  # called by all ranks
     if case.ranks > 1:
         apply_context_parallel(model, group)
     if case.recomputed:
         checkpoint_activations(model, vision_encoder=1, connector=True, decoder=1)
     maker = MicrobatchMaker(
-        im_patch_id=model.im_patch_id, dropout=DROPOUT, context_rank=context_rank, context_size=case.ranks
+        im_patch_id=model.im_patch_id, dropout=DROPOUT, context_rank=group.rank(), context_size=case.ranks
     )
     pack, trained = video_pack(config, tokens=case.tokens, crops=case.crops), TrainedMolmo2(model, z_coefficient=1e-4)
     with torch.autocast("cpu", torch.bfloat16, enabled=case.mixed), LiveBytes() as live:
