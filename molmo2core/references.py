@@ -36,7 +36,7 @@ class Reference:
     def ancestors(self) -> Iterator[Reference]:
         """This reference and everything it was made from, nearest first, without repeats.
 
-        Two places with the same content are two: a stage of zero steps leaves the weights of the one before.
+        Two places with the same content are two.
         """
         seen: set[tuple[str, str]] = set()
         queue: list[Reference] = [self]

@@ -1,5 +1,6 @@
 """Step 4: a pack plan and a base checkpoint become trained weights.
 
+    hand on the checkpoint of the stage before, if there are no steps, or
     reuse a committed checkpoint of the same content, or
     start the ranks (train_rank) -> follow their metrics into MLflow -> commit the weights -> delete the resume folder
 
@@ -66,6 +67,9 @@ _EDGE_STEPS = 10
 def run(section: TrainSection, *, plan: Path, base: Path | None, output: Path) -> StageReport:
     """Train, or reuse what was trained from the same inputs.
 
+    A stage of no steps leaves a reference to its base itself: nothing is copied, and the lineage names what trained it.
+    Without a base it leaves the initial weights.
+
     Args:
         plan: PackPlanRef of this stage.
         base: CheckpointRef of the stage before; None starts from `section.initial_weights`.
@@ -81,6 +85,8 @@ def run(section: TrainSection, *, plan: Path, base: Path | None, output: Path) -
     plan_ref = read_reference(plan, PackPlanRef)
     base_ref = read_reference(base, CheckpointRef) if base is not None else None
     _check(section, plan_ref, str(plan))
+    if base_ref is not None and not section.training.steps:
+        return _hand_on(section, base_ref, output)
     key = checkpoint_key(section, plan_ref, base_ref)
     uri = storage.join(section.workspace, "checkpoints", section.stage, key)
     reused = storage.is_committed(uri)
@@ -104,6 +110,14 @@ def run(section: TrainSection, *, plan: Path, base: Path | None, output: Path) -
     )
     write_reference(reference, output)
     print(f"{report.stage}: {'reused' if reused else 'made'} {found.uri} in {seconds:.1f} s", flush=True)
+    return report
+
+
+def _hand_on(section: TrainSection, base: CheckpointRef, output: Path) -> StageReport:
+    storage.open_committed(base.uri)
+    report = StageReport(stage=f"train.{section.stage}", seconds=0.0, reused=True, metrics={"steps": 0.0})
+    write_reference(dataclasses.replace(base, report=report.to_json()), output)
+    print(f"{report.stage}: no steps: hands on {base.uri} of {base.stage}", flush=True)
     return report
 
 
@@ -174,7 +188,13 @@ def _train(
         arguments += ["--resume-from", str(other.folder), "--resume-store", other.store] if other is not None else []
         with (
             uploading(place, config, section.stage),
-            following(folder, section, key=key, inputs=[reference for _, reference in inputs]),
+            following(
+                folder,
+                section,
+                key=key,
+                inputs=[reference for _, reference in inputs],
+                changeable=_NOT_THE_TRAINED_RESULT,
+            ),
             step_bar(folder, section) as show,
         ):
             run_torchrun("molmo2core.stages.train_rank", arguments, num_processes=config.num_processes, show=show)

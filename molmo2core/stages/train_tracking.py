@@ -1,7 +1,8 @@
 """Follows the metrics that rank 0 writes into an MLflow run.
 
-All of it happens in a thread of the launching process: a tracking store that is slow, down or broken costs the
-curve in MLflow and a warning, never the training; the committed checkpoint holds every step's metrics anyway.
+All of it happens in a thread of the launching process: a tracking store that is slow, down or broken costs warnings,
+never the training.  Once it answers, the curve is sent from its beginning: MLflow keeps one of equal points.  If it
+does not, the committed checkpoint holds every step's metrics anyway.
 """
 
 from __future__ import annotations
@@ -32,13 +33,24 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 60.0
 """How long the end of training waits for the store to take what is left."""
+_RETRY_SECONDS = (30.0, 960.0)
+"""After a failure of the store, and the longest; each wait is twice the one before."""
 _TAG_CHARACTERS = 4000
 
 
 @contextmanager
-def following(folder: Path, section: TrainSection, *, key: str, inputs: Sequence[Reference]) -> Iterator[None]:
-    """Forward the metrics in `folder` while the body runs; the run ends FINISHED or, if the body raises, FAILED."""
-    follower = _Follower(folder, section, key, inputs)
+def following(
+    folder: Path, section: TrainSection, *, key: str, inputs: Sequence[Reference], changeable: Sequence[str] = ()
+) -> Iterator[None]:
+    """Forward the metrics in `folder` while the body runs; the run ends FINISHED or, if the body raises, FAILED.
+
+    Args:
+        key: of the training, by which a retry finds the run.
+        inputs: plan and base.
+        changeable: fields of TrainingConfig that may be others in a retry.  They are tags: MLflow's parameters are for
+            ever.
+    """
+    follower = _Follower(folder, section, key, inputs, changeable)
     follower.start()
     try:
         yield
@@ -55,11 +67,19 @@ class _BodyFailed(Exception):
 
 
 class _Follower(threading.Thread):
-    def __init__(self, folder: Path, section: TrainSection, key: str, inputs: Sequence[Reference]) -> None:
+    def __init__(
+        self, folder: Path, section: TrainSection, key: str, inputs: Sequence[Reference], changeable: Sequence[str]
+    ) -> None:
         super().__init__(name="metrics", daemon=True)
         self.folder, self.section, self.key, self.inputs = folder, section, key, inputs
+        self.changeable = changeable
         self.done = threading.Event()
         self.succeeded = False
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Nothing is known to be in the store."""
+        folder = self.folder
         self._lines = GrowingLines(folder / METRICS)
         self._saves = {"save": GrowingLines(folder / SAVES), "upload": GrowingLines(folder / UPLOADS)}
         self._drawn: Counter[str] = Counter()
@@ -69,12 +89,22 @@ class _Follower(threading.Thread):
         self._sent_pages: set[str] = set()
 
     def run(self) -> None:
-        try:
-            self._follow()
-        except _BodyFailed:
-            pass
-        except Exception as error:  # whatever it is, it is not the training's
-            print(f"warning: training is not tracked in MLflow ({type(error).__name__}: {error})", flush=True)
+        wait, longest = _RETRY_SECONDS
+        while True:
+            last = self.done.is_set()
+            try:
+                self._follow()
+            except _BodyFailed:
+                return
+            except Exception as error:  # whatever it is, it is not the training's
+                print(f"warning: training is not tracked in MLflow ({type(error).__name__}: {error})", flush=True)
+            else:
+                return
+            if last:
+                return
+            self.done.wait(wait)
+            wait = min(2 * wait, longest)
+            self._start_over()
 
     def _follow(self) -> None:
         from molmo2core.tracking.mlflow_run import open_run, tracking_uri
@@ -88,7 +118,11 @@ class _Follower(threading.Thread):
             f"train-{section.stage}-{self.key}",
             tags,
         ) as run:
-            run.log_params(flatten(section.training) | {"seed": section.seed, "stage": section.stage})
+            settings = flatten(section.training)
+            changeable = {name for name in settings if name.partition(".")[0] in self.changeable}
+            fixed = {name: value for name, value in settings.items() if name not in changeable}
+            run.log_params(fixed | {"seed": section.seed, "stage": section.stage})
+            run.set_tags({f"training.{name}": json.dumps(settings[name]) for name in changeable})
             for reference in self.inputs:
                 if isinstance(reference, PackPlanRef):
                     run.log_metrics(plan_metrics(reference))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from kfp import dsl
+from safetensors.torch import load_file
 
 from components.build_shards.component import build_shards
 from components.evaluate.component import evaluate
@@ -30,7 +31,8 @@ DATASETS = ["captions", "image_pointing", "image_qa", "text", "tracking", "video
 OVERRIDES = [
     "data.shapes={images: 15, image_sets: 4, videos: 12, texts: 5, vocab_size: 768}",
     "train.pretrain.steps=1", "train.pretrain.global_batch_packs=1",
-    "train.sft.steps=1", "train.sft.global_batch_packs=1",
+    "train.sft.steps=1", "train.sft.global_batch_packs=1", "train.sft.trainable.decoder=false",
+    "train.sft.low_rank={parts: [decoder_attention, decoder_mlp], rank: 2}",
     "evaluate.max_examples_per_dataset=1", "evaluate.max_new_tokens=2",
     "evaluate.gate=[{metric: image_qa/accuracy, minimum: 0.0}]",
 ]  # fmt: skip
@@ -126,6 +128,20 @@ def test_train_starts_from_its_base(chain: Chain) -> None:
     assert [type(parent).__name__ for parent in first.parents] == ["PackPlanRef"]
     assert [parent.digest for parent in second.parents if isinstance(parent, CheckpointRef)] == [first.digest]
     assert chain.metrics["train.sft"]["steps"] == 1 and chain.metrics["train.sft"]["last_loss"] > 0
+
+
+def test_adapters_are_merged_before_anybody_sees_them(chain: Chain) -> None:
+    """Export, evaluation and registration took what a stage with adapters left.  Would catch adapters in the committed
+    weights, and those of a training that are lost: only the adapted matrices of the frozen decoder have moved."""
+    first, second = (
+        load_file(Path(chain.read(f"checkpoint.{stage}", CheckpointRef).uri) / "model.safetensors")
+        for stage in ("pretrain", "sft")
+    )
+    assert first.keys() == second.keys()
+    blocks = {name for name in first if name.startswith("decoder.stack.blocks.")}
+    moved = {name for name in blocks if not first[name].equal(second[name])}
+    adapted = ("attention.query_key_value.weight", "attention.out.weight", "mlp.up_gate.weight", "mlp.down.weight")
+    assert moved == {name for name in blocks if name.endswith(adapted)} and len(moved) < len(blocks)
 
 
 def test_export_checkpoint(chain: Chain) -> None:

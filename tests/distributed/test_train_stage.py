@@ -236,6 +236,27 @@ def test_the_same_training_is_reused(trained: tuple[Path, CheckpointRef]) -> Non
     assert len(keys) == 5
 
 
+def test_a_stage_of_no_steps_hands_its_base_on(
+    trained: tuple[Path, CheckpointRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch ranks that are started and gigabytes that are copied for nothing, and a model whose card and gate
+    name a stage that trained nothing."""
+    workspace, checkpoint = trained
+    monkeypatch.setattr(train, "run_torchrun", lambda *_, **__: pytest.fail("ranks were started"))
+    before, output = sorted((workspace / "checkpoints").rglob("*")), workspace / "handed-on.json"
+    section = replace(section_in(workspace, steps=0), run_name="other", seed=7)
+    report = train.run(section, plan=workspace / "plan.json", base=workspace / "checkpoint.json", output=output)
+    found = read_reference(output, CheckpointRef)
+    assert replace(found, report={}) == replace(checkpoint, report={}) and found.step == STEPS
+    assert (found.report["stage"], report.reused, report.metrics) == ("train.pretrain", True, {"steps": 0.0})
+    assert sorted((workspace / "checkpoints").rglob("*")) == before
+    gone = replace(checkpoint, uri=f"{checkpoint.uri}-gone")
+    write_reference(gone, workspace / "gone.json")
+    with pytest.raises(DataError, match="-gone"):
+        train.run(section, plan=workspace / "plan.json", base=workspace / "gone.json", output=workspace / "none.json")
+    assert not (workspace / "none.json").exists()
+
+
 DOCS = Path(__file__).parents[2] / "docs"
 RECIPES = Path(__file__).parents[2] / "workflows" / "recipes"
 ELSEWHERE = {"speed/mfu", "speed/hfu", "memory/allocated", "memory/reserved"} | {
@@ -500,7 +521,7 @@ def test_starting_anew_beside_an_unfinished_training_is_said(
 ) -> None:
     """A changed recipe starts at step 0.  Would catch that somebody finds out after days."""
     workspace, _ = killed
-    continued(workspace, section_in(workspace, steps=0), workspace / "plan.json")
+    train.run(section_in(workspace, steps=0), plan=workspace / "plan.json", base=None, output=workspace / "new.json")
     printed = capsys.readouterr().out
     assert "starts at step 0; unfinished trainings of other recipes: " in printed and COPY in printed
 

@@ -94,7 +94,9 @@ def test_recipe_without_training_reuses_the_data_and_is_refused_with_its_reason(
     shown = capsys.readouterr().out
     assert code == 3, shown[-4000:]
     reused = {r.report["stage"] for r in references if r.report["reused"]}
-    assert reused == {stage for stage in STAGES if stage.startswith(("validate_data", "build_shards"))}
+    handed_on = {"train.sft", "train.long_context"}
+    assert reused == handed_on | {stage for stage in STAGES if stage.startswith(("validate_data", "build_shards"))}
+    assert [r.stage for r in references if isinstance(r, CheckpointRef)] == ["pretrain"] * 3
     assert "gate: refused" in shown and "trained 0 steps" in shown
     version = only(references, ModelVersionRef)
     assert isinstance(version, ModelVersionRef)
