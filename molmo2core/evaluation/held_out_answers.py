@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,14 +91,35 @@ def answer_few(
     questions: Sequence[ChosenQuestion],
     *,
     max_new_tokens: int,
+    seconds: float = math.inf,
     say: Callable[[str], None] = print,
 ) -> list[DrawnAnswer]:
     """Greedy answers, with points and tracks drawn on the media.
 
     Args:
+        seconds: once they are over, no further batch of questions is asked: other ranks wait, and not for ever.
         say: receives a line for a question that cannot be asked: its medium is broken, or larger than the limits of a
-            training stage.
+            training stage; and one if time was short.
     """
+    started = time.monotonic()
+    answers: list[DrawnAnswer] = []
+    for first in range(0, len(questions), _BATCH_SIZE):
+        if first and time.monotonic() - started >= seconds:
+            say(f"{len(questions) - first} of {len(questions)} questions not asked: {seconds:.0f} s are over")
+            break
+        batch = questions[first : first + _BATCH_SIZE]
+        answers += _answer_batch(model, examples, batch, max_new_tokens=max_new_tokens, say=say)
+    return answers
+
+
+def _answer_batch(
+    model: InferenceModel,
+    examples: Examples,
+    questions: Sequence[ChosenQuestion],
+    *,
+    max_new_tokens: int,
+    say: Callable[[str], None],
+) -> list[DrawnAnswer]:
     asked = []
     for question in questions:
         example = examples.example(question.example_index)

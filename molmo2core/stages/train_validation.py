@@ -22,6 +22,7 @@ from molmo2core.preprocessing.preprocessor import Preprocessor
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.references import PackPlanRef, ShardsRef
 from molmo2core.shards.reader import ExampleReader
+from molmo2core.training.config import COLLECTIVE_SECONDS
 from molmo2core.training.validation_files import ANSWERS, PAGES
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class HeldOutQuestions:
             self.reader,
             self._questions,
             max_new_tokens=self.config.max_new_tokens,
+            seconds=COLLECTIVE_SECONDS / 2,
             say=lambda line: print(f"{self.stage}: {line}", flush=True),
         )
         page = self.folder / PAGES / f"step-{step}.html"

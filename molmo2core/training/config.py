@@ -11,6 +11,9 @@ from molmo2core.examples import Split
 from molmo2core.message_tree.config import Weighting
 from molmo2core.model.config import AttentionBackend
 
+COLLECTIVE_SECONDS = 1800.0
+"""How long ranks wait for each other before they give up."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSchedule:

@@ -40,15 +40,13 @@ from molmo2core.training.composer_guards import (
     name_the_processor_without_probing,
 )
 from molmo2core.training.composer_model import TrainedMolmo2
-from molmo2core.training.config import TrainingConfig
+from molmo2core.training.config import COLLECTIVE_SECONDS, TrainingConfig
 from molmo2core.training.optimizer import build_optimizer
 from molmo2core.training.placement import place_model, sharding
 from molmo2core.training.trainable import check_same_parts, select_trained
 from molmo2core.training.validation import build_validation
 from molmo2core.training.watching import watching_callbacks
 from molmo2core.training.whole_weights import whole_weights
-
-_TIMEOUT_SECONDS = 1800.0
 
 
 def start_ranks(config: TrainingConfig) -> tuple[Device, int, int]:
@@ -69,7 +67,7 @@ def start_ranks(config: TrainingConfig) -> tuple[Device, int, int]:
     share = len(os.sched_getaffinity(0)) // dist.get_local_world_size() - config.loader_workers
     torch.set_num_threads(config.threads_per_process or max(1, share))
     if dist.get_world_size() > 1:
-        dist.initialize_dist(device, timeout=_TIMEOUT_SECONDS)
+        dist.initialize_dist(device, timeout=COLLECTIVE_SECONDS)
     rank = dist.get_global_rank()
     return device, rank // config.context_parallel, rank % config.context_parallel
 
@@ -233,7 +231,7 @@ def build_trainer(
             accumulate_train_batch_on_tokens=True,
             parallelism_config=sharding(config.sharding, ranks),
             seed=seed,
-            dist_timeout=_TIMEOUT_SECONDS,
+            dist_timeout=COLLECTIVE_SECONDS,
             run_name=name,
             progress_bar=False,
             load_path=load_path,

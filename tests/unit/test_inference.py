@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molmo2core.evaluation import inference
+from molmo2core.evaluation import held_out_answers, inference
+from molmo2core.evaluation.held_out_answers import ChosenQuestion, answer_few
 from molmo2core.evaluation.inference import InferenceModel
 from molmo2core.model.generate import GenerationOptions, generate
 from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.preprocessing.preprocessor import Preprocessor
+from molmo2core.testing.tiny_examples import text_examples
 from molmo2core.testing.tiny_model import random_prompt, tiny_model
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
 
@@ -49,3 +53,32 @@ def test_an_answer_ends_with_the_models_positions() -> None:
         expected = generate(model, [prompt], options)[0]
         assert answer == tokenizer.decode(list(expected.token_ids)).strip()
         assert answer
+
+
+def test_questions_that_others_wait_for_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three batches, and time for one.  Would catch answers on one rank that take longer than the others wait in a
+    collective: a training that dies at the same step whenever it is started."""
+    monkeypatch.setattr(held_out_answers, "_BATCH_SIZE", 2)
+    examples = text_examples("said", 5)
+    reader = SimpleNamespace(example=lambda index: examples[index])
+    questions = [ChosenQuestion(example_index=index, annotation_index=0) for index in range(5)]
+    model = tiny_model(3)
+    preprocessor = Preprocessor(
+        geometry=model.config.geometry,
+        config=PreprocessingConfig(),
+        tokenizer=tiny_tokenizer(),
+        weighting="none",
+        seed=0,
+    )
+    said: list[str] = []
+    for seconds, asked in ((0.0, 2), (1e6, 5)):
+        answers = answer_few(
+            InferenceModel(model=model, preprocessor=preprocessor),
+            reader,
+            questions,
+            max_new_tokens=2,
+            seconds=seconds,
+            say=said.append,
+        )
+        assert [answer.uid for answer in answers] == [example.uid for example in examples[:asked]]
+    assert said == ["3 of 5 questions not asked: 0 s are over"]
