@@ -27,9 +27,9 @@ from molmo2core.training.config import TrainableParts, TrainingConfig
 from molmo2core.training.memory_estimate import (
     MemoryEstimate,
     PackShape,
-    count_parameters,
     estimate_memory,
 )
+from molmo2core.training.parameter_counts import count_parameters
 
 RECIPES = Path(__file__).parents[1] / "workflows" / "recipes"
 DEFAULT = ("molmo2_4b_lora", "molmo2_4b_frozen_vision", "molmo2_4b")

@@ -19,14 +19,13 @@ dimension, M width of the MLP, C crops, V visual tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal
 
 from molmo2core.model.config import ConnectorConfig, DecoderConfig, ModelConfig, VisionEncoderConfig
 from molmo2core.packing.config import PackingConfig
-from molmo2core.training.config import LowRankPart, TrainingConfig
+from molmo2core.training.config import TrainingConfig
+from molmo2core.training.parameter_counts import Weights, count, weights_of
 
 FULL = 4
 """Bytes of a float32: master weights, optimizer state, residual streams, losses."""
@@ -34,9 +33,6 @@ LOSS_CHUNK = 2048
 """As model/loss.py's CHUNK, which imports torch."""
 MASK_BLOCK = 128
 """As model/attention_flex.py's BLOCK."""
-
-_Unit = Literal["root", "embedding", "vision_block", "connector", "decoder_block"]
-"""What FSDP2 gathers at a time (parallel/fsdp.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,91 +85,26 @@ class MemoryEstimate:
         return self.state + self.activations
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Weights:
-    """Parameters that are trained, adapted and gathered together."""
-
-    part: str
-    """Of TrainableParts."""
-    unit: _Unit
-    copies: int = 1
-    matrices: tuple[tuple[int, int], ...] = ()
-    """(inputs, outputs) of those that adapters may be added to."""
-    others: int = 0
-    adapted_as: LowRankPart | None = None
-
-    def count(self, config: TrainingConfig, *, trained: bool) -> int:
-        """Parameters of one copy, or the trained ones among them."""
-        plain = sum(inputs * outputs for inputs, outputs in self.matrices) + self.others
-        low_rank = config.low_rank
-        is_adapted = low_rank is not None and self.adapted_as in low_rank.parts
-        added = low_rank.rank * sum(map(sum, self.matrices)) if low_rank is not None and is_adapted else 0
-        return (plain if not trained or getattr(config.trainable, self.part) else 0) + added
-
-
 def estimate_memory(model: ModelConfig, config: TrainingConfig, pack: PackShape) -> MemoryEstimate:
     """Of one rank, training on one such pack at a time."""
     ranks, shared = config.world_size, config.context_parallel
-    weights = _weights(model)
-    parameters, trained = (_count(weights, config, trained=t) for t in (False, True))
+    weights = weights_of(model)
+    parameters, trained = (count(weights, config, trained=t) for t in (False, True))
     mixed = config.precision == "amp_bf16"
-    number = 2 if mixed else FULL
-    tokens, crops = ceil(pack.tokens / shared), ceil(pack.crops / shared)
-    patches, pools = crops * model.geometry.num_patches, ceil(pack.visual_tokens / shared)
-    decoder, vision = model.decoder, model.vision_encoder
-    dropped = bool(config.dropout.residual or config.dropout.on_responses)
-    # What is gathered in bfloat16 gives a residual stream of that.
-    rounds = mixed and ranks > 1 and config.sharding.precision != "full"
-    stream = 2 if rounds else FULL
-    # Weights that autocast has rounded are saved for a block's backward pass, unless they are gathered like that.
-    casts = number if mixed and not rounds else 0
-    decoder_saved = _saved_by_decoder_block(decoder, pack.tokens, shared, number=number, dropped=dropped)
-    decoder_saved += casts * _count(weights, config, trained=False, unit="decoder_block") / decoder.num_layers
-    vision_saved = _saved_by_vision_block(vision, patches, number=number)
-    vision_saved += casts * _count(weights, config, trained=False, unit="vision_block") / vision.num_layers
-    connector_saved = _saved_by_connector(model.connector, vision, pools, model.geometry.max_pool, number=number)
-    chosen = config.activation_checkpointing
-    trains_vision = config.trainable.vision_encoder or (
-        config.low_rank is not None and "vision_encoder" in config.low_rank.parts
-    )
-    features = patches * vision.width * len(vision.feature_layers) * stream
-    kept_vision = features + (0 if chosen.connector else connector_saved)
-    if trains_vision:
-        kept_vision += patches * model.geometry.patch_bytes * number
-        kept_vision += _kept(
-            vision.num_layers,
-            chosen.vision_encoder,
-            patches * vision.width * FULL,
-            vision_saved,
-            on_host=chosen.on_host,
-        )
-    kept_decoder = _kept(
-        decoder.num_layers, chosen.decoder, tokens * decoder.width * stream, decoder_saved, on_host=chosen.on_host
-    )
-    # Output of the last block, its norm and what that keeps, and the loss's gradient of it; rotary tables.
-    kept_decoder += tokens * decoder.width * (3 * FULL + number)
-    kept_decoder += tokens * decoder.head_dim * 2 * FULL * (2 if decoder.rope_scaling else 1)
-    again_decoder, again_vision = (
-        (decoder_saved if chosen.decoder else 0),
-        (vision_saved if chosen.vision_encoder else 0),
-    )
-    vision_backward = again_vision + 2 * patches * vision.mlp_width * number + 2 * patches * vision.width * FULL
-    width = vision.width * len(vision.feature_layers)
-    connector_backward = (
-        connector_saved if chosen.connector else 0
-    ) + 2 * pools * model.geometry.max_pool * width * FULL
+    tokens, crops, pools = (ceil(n / shared) for n in (pack.tokens, pack.crops, pack.visual_tokens))
+    kept_decoder, decoder_block = _decoder(model.decoder, config, weights, pack.tokens)
+    kept_vision, vision_block = _vision(model, config, weights, crops, pools)
     return MemoryEstimate(
         weights=parameters * FULL / ranks,
         gradients=trained * FULL / ranks + _whole_gradients(trained, config),
         moments=2 * trained * FULL / ranks,
         gathered=_gathered(weights, config) if ranks > 1 else 0,
-        pack=_on_device(model, pack, tokens=tokens, patches=patches, pools=pools),
+        pack=_on_device(model, pack, tokens=tokens, patches=crops * model.geometry.num_patches, pools=pools),
         kept_vision=kept_vision,
         kept_decoder=kept_decoder,
-        loss=_loss(decoder, tokens, mixed=mixed, alone=ranks == 1 and config.trainable.output_head),
-        # Gradients of up, gate and their product, and of the residual stream.
-        decoder_block=again_decoder + tokens * (4 * decoder.mlp_width * number + 2 * decoder.width * FULL),
-        vision_block=max(vision_backward if trains_vision else vision_saved, connector_backward + features),
+        loss=_loss(model.decoder, tokens, mixed=mixed, alone=ranks == 1 and config.trainable.output_head),
+        decoder_block=decoder_block,
+        vision_block=vision_block,
     )
 
 
@@ -188,84 +119,75 @@ def largest_pack(model: ModelConfig, packing: PackingConfig) -> PackShape:
     )
 
 
-def count_parameters(model: ModelConfig, config: TrainingConfig, *, trained: bool = False) -> int:
-    """All parameters, adapters included, or the trained ones."""
-    return _count(_weights(model), config, trained=trained)
-
-
-def _weights(model: ModelConfig) -> tuple[_Weights, ...]:
-    vision, connector, decoder, geometry = model.vision_encoder, model.connector, model.decoder, model.geometry
-    features, inner = vision.width * len(vision.feature_layers), vision.num_heads * vision.head_dim
-    pooled = connector.num_heads * connector.head_dim
-    queries, keys = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
-    table = decoder.vocab_size * decoder.width
-    embedding: _Unit = "root" if decoder.tie_embeddings else "embedding"
-    return (
-        _Weights(part="input_embedding", unit=embedding, others=table),
-        _Weights(part="connector", unit=embedding, others=decoder.additional_vocab_size * decoder.width),
-        _Weights(part="output_head", unit="root", others=0 if decoder.tie_embeddings else table),
-        _Weights(part="final_norm", unit="root", others=decoder.width),
-        _Weights(
-            part="vision_encoder",
-            unit="root",
-            others=(geometry.patch_bytes + 1 + geometry.num_patches) * vision.width,
-        ),
-        _Weights(
-            part="vision_encoder",
-            unit="vision_block",
-            copies=vision.num_layers,
-            adapted_as="vision_encoder",
-            matrices=(
-                *((vision.width, inner),) * 3,
-                (inner, vision.width),
-                (vision.width, vision.mlp_width),
-                (vision.mlp_width, vision.width),
-            ),
-            others=3 * inner + vision.mlp_width + 6 * vision.width,
-        ),
-        _Weights(
-            part="connector",
-            unit="connector",
-            adapted_as="connector",
-            matrices=(
-                *((features, pooled),) * 3,
-                (pooled, connector.width),
-                *((connector.width, connector.mlp_width),) * 2,
-                (connector.mlp_width, decoder.width),
-            ),
-            others=3 * pooled + connector.width,
-        ),
-        _Weights(
-            part="decoder",
-            unit="decoder_block",
-            copies=decoder.num_layers,
-            adapted_as="decoder_attention",
-            matrices=((decoder.width, queries + 2 * keys), (queries, decoder.width)),
-            others=2 * decoder.width + (2 * decoder.head_dim if decoder.qk_norm == "per_head" else queries + keys),
-        ),
-        _Weights(
-            part="decoder",
-            unit="decoder_block",
-            copies=decoder.num_layers,
-            adapted_as="decoder_mlp",
-            matrices=((decoder.width, 2 * decoder.mlp_width), (decoder.mlp_width, decoder.width)),
-        ),
-    )
-
-
-def _count(weights: Iterable[_Weights], config: TrainingConfig, *, trained: bool, unit: _Unit | None = None) -> int:
-    return sum(w.copies * w.count(config, trained=trained) for w in weights if unit in (None, w.unit))
-
-
-def _gathered(weights: tuple[_Weights, ...], config: TrainingConfig) -> float:
+def _gathered(weights: tuple[Weights, ...], config: TrainingConfig) -> float:
     """The root unit, and two decoder blocks (one is gathered ahead) or, if they are kept, all units."""
     number = FULL if config.sharding.precision == "full" else 2
-    root, blocks = (sum(_count(weights, config, trained=t, unit="root") for t in (False, True)), weights[-1].copies)
-    block, trained_block = (_count(weights, config, trained=t, unit="decoder_block") / blocks for t in (False, True))
+    root, blocks = (sum(count(weights, config, trained=t, unit="root") for t in (False, True)), weights[-1].copies)
+    block, trained_block = (count(weights, config, trained=t, unit="decoder_block") / blocks for t in (False, True))
     if config.sharding.reshard_after_forward:
         return number * (root + 2 * block + trained_block)
-    others = _count(weights, config, trained=False) - _count(weights, config, trained=False, unit="root")
+    others = count(weights, config, trained=False) - count(weights, config, trained=False, unit="root")
     return number * (root + others + trained_block)
+
+
+def _decoder(
+    decoder: DecoderConfig, config: TrainingConfig, weights: tuple[Weights, ...], length: int
+) -> tuple[float, float]:
+    """(kept, most in the backward pass of one block)."""
+    number, stream, casts = _bytes_of_numbers(config)
+    tokens, shared, chosen = (
+        ceil(length / config.context_parallel),
+        config.context_parallel,
+        config.activation_checkpointing,
+    )
+    dropped = bool(config.dropout.residual or config.dropout.on_responses)
+    saved = _saved_by_decoder_block(decoder, length, shared, number=number, dropped=dropped)
+    saved += casts * count(weights, config, trained=False, unit="decoder_block") / decoder.num_layers
+    inputs = tokens * decoder.width * stream
+    kept = _kept(decoder.num_layers, chosen.decoder, inputs, saved, on_host=chosen.on_host)
+    # Output of the last block, its norm and what that keeps, and the loss's gradient of it; rotary tables.
+    kept += tokens * decoder.width * (3 * FULL + number)
+    kept += tokens * decoder.head_dim * 2 * FULL * (2 if decoder.rope_scaling else 1)
+    # Gradients of up, gate and their product, and of the residual stream.
+    gradients = tokens * (4 * decoder.mlp_width * number + 2 * decoder.width * FULL)
+    return kept, gradients + (saved if chosen.decoder else 0)
+
+
+def _vision(
+    model: ModelConfig, config: TrainingConfig, weights: tuple[Weights, ...], crops: int, pools: int
+) -> tuple[float, float]:
+    """(kept, most in the backward pass of a block or the connector)."""
+    number, stream, casts = _bytes_of_numbers(config)
+    vision, geometry, chosen, low_rank = (
+        model.vision_encoder,
+        model.geometry,
+        config.activation_checkpointing,
+        config.low_rank,
+    )
+    patches, width = crops * geometry.num_patches, vision.width * len(vision.feature_layers)
+    connector_saved = _saved_by_connector(model.connector, vision, pools, geometry.max_pool, number=number)
+    features = patches * width * stream
+    kept = features + (0 if chosen.connector else connector_saved)
+    # Gradients of gathered patches, and of the features that they were gathered from.
+    connector = 2 * pools * geometry.max_pool * width * FULL + features + (connector_saved if chosen.connector else 0)
+    saved = _saved_by_vision_block(vision, patches, number=number)
+    saved += casts * count(weights, config, trained=False, unit="vision_block") / vision.num_layers
+    if not config.trainable.vision_encoder and (low_rank is None or "vision_encoder" not in low_rank.parts):
+        return kept, max(connector, saved)
+    inputs = patches * vision.width * stream
+    kept += patches * geometry.patch_bytes * number
+    kept += _kept(vision.num_layers, chosen.vision_encoder, inputs, saved, on_host=chosen.on_host)
+    gradients = 2 * patches * vision.mlp_width * number + 2 * patches * vision.width * FULL
+    return kept, max(connector, gradients + (saved if chosen.vision_encoder else 0))
+
+
+def _bytes_of_numbers(config: TrainingConfig) -> tuple[int, int, int]:
+    """(in products, in residual streams, of each weight that autocast rounds and autograd saves for a block)."""
+    if config.precision != "amp_bf16":
+        return FULL, FULL, 0
+    rounded = config.world_size > 1 and config.sharding.precision != "full"
+    # Weights that are gathered in bfloat16 are not rounded once more, and give residual streams of that.
+    return (2, 2, 0) if rounded else (2, FULL, 2)
 
 
 def _whole_gradients(trained: int, config: TrainingConfig) -> float:

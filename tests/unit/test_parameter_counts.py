@@ -20,10 +20,10 @@ from molmo2core.training.memory_estimate import (
     LOSS_CHUNK,
     MASK_BLOCK,
     PackShape,
-    count_parameters,
     estimate_memory,
     largest_pack,
 )
+from molmo2core.training.parameter_counts import count_parameters
 from molmo2core.training.trainable import select_trained
 
 SIZES: tuple[Size, ...] = ("tiny", "4b", "8b", "o-7b")
