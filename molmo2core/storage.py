@@ -629,6 +629,16 @@ def _replacement(path: Path) -> Iterator[Path]:
             os.close(handle)
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add `text` to the end of a local file, which is made if missing; killed in between, a part of it may stand.
+
+    Raises:
+        PlatformError: the disk is full.
+    """
+    with _disk_errors(str(path)), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
 @contextmanager
 def _disk_errors(uri: str) -> Iterator[None]:
     try:

@@ -80,6 +80,5 @@ def keep_lines_up_to(path: Path, step: int) -> list[dict[str, Any]]:
 
 def append_lines(path: Path, step: int, deviations: Sequence[Deviation]) -> None:
     """One line per deviation."""
-    with path.open("a") as file:
-        for deviation in deviations:
-            file.write(json.dumps({"step": step} | dataclasses.asdict(deviation)) + "\n")
+    lines = [json.dumps({"step": step} | dataclasses.asdict(deviation)) + "\n" for deviation in deviations]
+    storage.append_text(path, "".join(lines))

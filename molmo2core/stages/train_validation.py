@@ -123,7 +123,7 @@ class HeldOutQuestions:
         )
         page = self.folder / PAGES / f"step-{step}.html"
         storage.write_bytes(str(page), answers_page(f"{self.stage}, step {step}", answers).encode())
-        with (self.folder / ANSWERS).open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps({"step": step} | answer.to_json()) + "\n" for answer in answers))
+        lines = [json.dumps({"step": step} | answer.to_json()) + "\n" for answer in answers]
+        storage.append_text(self.folder / ANSWERS, "".join(lines))
         seconds = time.monotonic() - started
         print(f"{self.stage}: step {step}: {len(answers)} held-out answers in {page}, {seconds:.1f} s", flush=True)

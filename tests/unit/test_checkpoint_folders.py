@@ -84,6 +84,14 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
     assert "no checkpoint is whole; training starts at step 0" in capsys.readouterr().out
 
 
+def test_a_step_that_another_node_has_not_does_not_count(tmp_path: Path) -> None:
+    """What nodes agree on is the newest that all have: the limit itself is one of them."""
+    place = CheckpointPlace(folder=tmp_path)
+    for step in (3, 6, 9):
+        save(tmp_path, step)
+    assert [whole_checkpoint(place, up_to=limit) for limit in (None, 8, 6, 2)] == [9, 6, 6, None]
+
+
 def test_a_damaged_copy_is_fetched_again(tmp_path: Path, s3_bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
     """And a damaged one in the store is passed over like one on the disk."""
     place = CheckpointPlace(folder=tmp_path, store=f"{s3_bucket}/k.resume")

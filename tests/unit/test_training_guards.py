@@ -228,6 +228,19 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
+def test_a_disk_without_room_for_metrics_is_named(tmp_path: Path) -> None:
+    """Where lines are added, no name of a file is in the system's error.  Would catch a bare `File too large`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, hard))
+    try:
+        with pytest.raises(PlatformError, match=r"metrics.jsonl: cannot write: File too large.*free space"):
+            train_tiny(tmp_path, training_config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    _, lines = train_tiny(tmp_path, training_config())
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
 def test_a_flipped_bit_costs_the_steps_of_one_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Composer loads it without a word: the fault behind the checksums.  Found, training ends with the same weights."""
     config = training_config(steps=6, save_interval_steps=2)

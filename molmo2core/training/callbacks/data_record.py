@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from composer.utils import dist
 
+from molmo2core import storage
 from molmo2core.examples import Deviation
 from molmo2core.loading.deviations import (
     CHANGED_DATA,
@@ -138,5 +139,4 @@ class DataRecord(StepSource):
         if any(line["kind"] == CHANGED_DATA and line["step"] == step for line in lines):
             return
         line = {"step": step, "kind": CHANGED_DATA, "changes": [str(change) for change in self.source.changes]}
-        with self._file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        storage.append_text(self._file, json.dumps(line) + "\n")

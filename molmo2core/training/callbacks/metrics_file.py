@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from composer import Callback
 from composer.utils import dist
@@ -42,7 +42,7 @@ class MetricsFile(Callback):  # type: ignore[misc]
     ) -> None:
         self.path, self.clipping, self.steps, self.name = path, clipping, steps, name
         self.record, self.print_interval = record, print_interval
-        self._file: IO[str] | None = None
+        self._is_writing = False
         self._started = 0.0
         self._first_step = 0
 
@@ -54,11 +54,15 @@ class MetricsFile(Callback):  # type: ignore[misc]
             kept = [line for line in read_metrics(self.path) if line["step"] <= self._first_step]
             content = "".join(json.dumps(line) + "\n" for line in kept)
             storage.write_bytes(str(self.path), content.encode())
-            self._file = self.path.open("a")
+            self._is_writing = True
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """One line."""
-        if self._file is None:
+        """One line.
+
+        Raises:
+            PlatformError: the disk is full.
+        """
+        if not self._is_writing:
             return
         now = time.monotonic()
         step = int(state.timestamp.batch.value)
@@ -71,8 +75,7 @@ class MetricsFile(Callback):  # type: ignore[misc]
             **self.record.line,
             "time_ms": int(time.time() * 1000),
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        storage.append_text(self.path, json.dumps(line) + "\n")
         if self.print_interval and (step % self.print_interval == 0 or step == self.steps):
             pace = (now - self._started) / (step - self._first_step)
             left = int(pace * (self.steps - step))
@@ -83,12 +86,6 @@ class MetricsFile(Callback):  # type: ignore[misc]
                 f"{left // 60}:{left % 60:02d} left",
                 flush=True,
             )
-
-    def close(self, state: State, logger: Logger) -> None:
-        """Composer calls this at the end and after an error."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

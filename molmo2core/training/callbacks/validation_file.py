@@ -11,6 +11,7 @@ from composer import Callback
 from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule
 
+from molmo2core import storage
 from molmo2core.loading.deviations import keep_lines_up_to
 from molmo2core.training.validation_files import VALIDATION
 
@@ -61,8 +62,7 @@ class ValidationFile(Callback):  # type: ignore[misc]
             "seconds": round(seconds, 3),
             "time_ms": int(time.time() * 1000),
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        storage.append_text(self.path, json.dumps(line) + "\n")
         tasks = ", ".join(f"{task} {loss:.3f}" for task, loss in found["loss_by_task"].items())
         print(
             f"{self.name}: step {step}: loss {found['loss']:.3f} on {self.num_examples} held-out examples "
