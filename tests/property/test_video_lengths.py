@@ -67,7 +67,8 @@ def test_video_roots(
     """Everything but decoding, under every sampler and layout: times, their text, patches, subtitles."""
     media = Media(kind="video", duration_seconds=duration, subtitles=tuple(subtitles))
     times = sampled_times(duration, config, fps=fps, grid_fps=grid_fps)
-    assert times == sorted(times) and times[0] == 0 and times[-1] <= duration
+    # The native processor counts frames, and a duration need not be a whole number of them.
+    assert times == sorted(times) and times[0] == 0 and times[-1] <= duration + 0.5 / fps
     frames = len(video_ids(times, config.frame_layout, geometry, TOKENIZER))
     lines = len(subtitle_ids(subtitles, times, config.max_subtitle_tokens, TOKENIZER))
     tokens, crops = root_bound(
