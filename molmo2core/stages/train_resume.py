@@ -34,7 +34,11 @@ def exclusive(folder: Path) -> Iterator[Path]:
     lock_file = folder / ".lock"
     storage.create_bytes(str(lock_file), b"")  # replaces none: two that start at once lock the same file
     with lock_file.open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the process that trains in {folder} to end", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         folder.mkdir(parents=True, exist_ok=True)  # the one before may have committed and removed it
         yield folder
 
@@ -65,6 +69,9 @@ def taken_up(section: TrainSection, stage_uri: str, place: CheckpointPlace) -> I
         return
     other = resume_place(storage.join(stage_uri, key))
     if not _has_saved(other):
+        if _has_saved(place):  # it was taken up long ago
+            yield None
+            return
         raise DataError(
             f"train.{section.stage}.resume_from",
             found=f"{key!r}, and no checkpoint in {other.store or other.folder}",
