@@ -11,6 +11,7 @@ from torch import nn
 
 from molmo2core import storage
 from molmo2core.errors import RecipeError
+from molmo2core.model.config import ModelConfig
 from molmo2core.model.molmo2 import Molmo2, group_of_parameter
 from molmo2core.training.config import TrainableParts, TrainingConfig, check_trained_parts
 from molmo2core.training.low_rank import add_adapters
@@ -58,13 +59,28 @@ def what_is_trained(config: TrainingConfig) -> str:
     return json.dumps({"trainable": dataclasses.asdict(config.trainable), "low_rank": low_rank})
 
 
-def check_same_parts(checkpoint: Path, config: TrainingConfig) -> None:
-    """Whether a committed checkpoint, perhaps of another training, has the adapters and optimizer state of this one.
+def model_key(model: ModelConfig) -> str:
+    """The same for models of the same parameters."""
+    return storage.content_key(dataclasses.asdict(model))
+
+
+def check_same_parts(checkpoint: Path, model: ModelConfig, config: TrainingConfig) -> None:
+    """Whether a committed checkpoint, perhaps of another training, has the parameters and optimizer state of this one.
+
+    Composer leaves out what the model does not have, without a word.
 
     Raises:
-        RecipeError: it trained other parts.
+        RecipeError: it trained another model or other parts.
     """
-    found, expected = storage.open_committed(str(checkpoint)).meta["trained"], what_is_trained(config)
+    meta = storage.open_committed(str(checkpoint)).meta
+    if meta["model"] != model_key(model):
+        raise RecipeError(
+            "training.resume_from",
+            found=f"{checkpoint}, of another model",
+            expected="the recipe's model",
+            mend="go on with the same model, or delete resume_from to start at step 0",
+        )
+    found, expected = meta["trained"], what_is_trained(config)
     if found != expected:
         raise RecipeError(
             "training.resume_from",

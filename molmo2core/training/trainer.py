@@ -109,7 +109,7 @@ def train(
     Raises:
         PlatformError: training was asked to stop; a checkpoint of the last step done is in `folder`.  Or several saves
             failed in a row.
-        RecipeError: loss or gradients are not finite, or the checkpoint trained other parts or more steps.
+        RecipeError: loss or gradients are not finite, or the checkpoint is of another model, other parts or more steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if config.steps == 0:
@@ -119,7 +119,7 @@ def train(
     own = CheckpointPlace(folder=folder, store=store)
     checkpoint = checkpoint_to_load([own, resume_from] if resume_from is not None else [own])
     if checkpoint is not None:
-        check_same_parts(checkpoint, config)
+        check_same_parts(checkpoint, model.config, config)
         check_not_past(checkpoint, config.steps)
     trainer = build_trainer(
         model,

@@ -17,7 +17,7 @@ from composer.loggers import LoggerDestination
 from composer.utils import collect_env
 
 from molmo2core.errors import PlatformError, RecipeError
-from molmo2core.testing.tiny_model import tiny_model
+from molmo2core.testing.tiny_model import random_model, tiny_model
 from molmo2core.testing.training import PACKING, pack_loader, training_config
 from molmo2core.testing.training_ranks import metrics_of, signal_after, train_tiny
 from molmo2core.training import trainer
@@ -67,8 +67,8 @@ def test_a_run_killed_after_its_last_step_only_hands_its_weights_over(tmp_path: 
 
 
 def test_another_recipes_training_is_taken_up_with_the_own_recipe(tmp_path: Path) -> None:
-    """Would catch AdamW's constants that come back with its moments, where only learning rates were set anew; and
-    weights of more steps that pass for those of fewer."""
+    """Would catch AdamW's constants that come back with its moments, where only learning rates were set anew; weights
+    of more steps that pass for those of fewer; and a model with fewer layers, which Composer fills without a word."""
     config = training_config(steps=3)
     train_tiny(tmp_path, config)
     used: list[Any] = []
@@ -87,6 +87,10 @@ def test_another_recipes_training_is_taken_up_with_the_own_recipe(tmp_path: Path
     assert used == [((0.5, 0.6), 1e-3, 0.1)] * 3, "three groups in one step"
     with pytest.raises(RecipeError, match=r"training.steps: 3, and .*/ba4 of step 4 .* expected 4 or more"):
         train_tiny(tmp_path, config)
+    sizes = tiny_model().config
+    shallow = random_model(replace(sizes, decoder=replace(sizes.decoder, num_layers=2)), seed=0)
+    with pytest.raises(RecipeError, match=r"/ba4, of another model"):
+        train_tiny(tmp_path, replace(config, steps=5), model=shallow)
 
 
 def test_zero_steps_hand_over_the_weights_as_they_are(tmp_path: Path) -> None:

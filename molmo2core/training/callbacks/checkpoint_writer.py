@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from composer import Logger, State
 
     from molmo2core.training.config import TrainingConfig
-from molmo2core.training.trainable import what_is_trained
+from molmo2core.training.trainable import model_key, what_is_trained
 
 
 class CheckpointWriter(Callback):  # type: ignore[misc]
@@ -114,7 +114,7 @@ class CheckpointWriter(Callback):  # type: ignore[misc]
             for shards in part.glob("ep*-ba*"):  # Composer's name for them
                 os.rename(shards, part / SHARDS)
             meta = {"step": step, "ranks": dist.get_world_size(), "save": uuid.uuid4().hex}
-            meta |= {"trained": what_is_trained(self.config)}
+            meta |= {"trained": what_is_trained(self.config), "model": model_key(state.model.model.config)}
             storage.seal_folder(part, files, meta)
             replace_folder(part, self.folder / checkpoint_name(step))
 
