@@ -6,6 +6,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,11 +14,16 @@ from molmo2core.evaluation import held_out_answers, inference
 from molmo2core.evaluation.held_out_answers import ChosenQuestion, answer_few
 from molmo2core.evaluation.inference import InferenceModel
 from molmo2core.model.generate import GenerationOptions, generate
+from molmo2core.model.molmo2 import Molmo2
 from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.preprocessing.preprocessor import Preprocessor
 from molmo2core.testing.tiny_examples import text_examples
 from molmo2core.testing.tiny_model import random_prompt, tiny_model
 from molmo2core.testing.tiny_tokenizer import tiny_tokenizer
+from molmo2core.testing.training import training_config
+from molmo2core.training.callbacks.held_out_answers import HeldOutAnswers
+from molmo2core.training.composer_model import TrainedMolmo2
+from molmo2core.training.config import ValidationConfig
 
 
 @settings(max_examples=200, deadline=None)
@@ -53,6 +59,31 @@ def test_an_answer_ends_with_the_models_positions() -> None:
         expected = generate(model, [prompt], options)[0]
         assert answer == tokenizer.decode(list(expected.token_ids)).strip()
         assert answer
+
+
+def test_answers_that_do_not_fit_end_no_training(capsys: pytest.CaptureFixture[str]) -> None:
+    """The model is whole on one GPU for them.  Would catch a training that dies of it, at the same step whenever it is
+    started; another error is still one."""
+    model = tiny_model(3)
+    config = training_config(validation=ValidationConfig(interval_steps=1, generation_interval_steps=1))
+    state = SimpleNamespace(
+        model=TrainedMolmo2(model, z_coefficient=0.0), timestamp=SimpleNamespace(batch=SimpleNamespace(value=1))
+    )
+
+    class Large:
+        error: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 17 GiB")
+
+        def answer(self, whole: Molmo2, step: int) -> None:
+            assert all(parameter.equal(whole.get_parameter(name)) for name, parameter in model.named_parameters())
+            raise self.error
+
+    answerer = Large()
+    answers = HeldOutAnswers(answerer, config, model.config)
+    answers.eval_end(state, None)
+    assert "warning: no answers at step 1: CUDA out of memory" in capsys.readouterr().out
+    answerer.error = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="another"):
+        answers.eval_end(state, None)
 
 
 def test_questions_that_others_wait_for_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,8 @@ class HeldOutAnswers(Callback):  # type: ignore[misc]
 
     All ranks in lockstep would need no memory for a whole model, but gather every block anew for every token, may go on
     for different numbers of tokens where sums round differently, and cannot use a cache where they share sequences.
-    The gathered weights are as at the end of training: a stage that can end can do this.
+    The gathered weights are as at the end of training: a stage that can end can do this.  Where the GPU has no room for
+    them beside training, there are no answers, which is said; what only looks on ends no training.
 
     Args:
         answerer: on rank 0.
@@ -56,11 +57,16 @@ class HeldOutAnswers(Callback):  # type: ignore[misc]
             return
         weights = whole_weights(state.model, self.config)
         if weights is not None and self.answerer is not None:
-            with torch.device("meta"):
-                whole = Molmo2(self.model)
-            whole.load_state_dict(weights, assign=True)
-            dtype = torch.bfloat16 if self.config.precision == "amp_bf16" else torch.float32
-            device = next(state.model.parameters()).device
-            with torch.random.fork_rng(devices=[]):
-                self.answerer.answer(whole.to(device, dtype).eval(), step)
+            try:
+                self._answer(self.answerer, weights, next(state.model.parameters()).device, step)
+            except torch.OutOfMemoryError as error:
+                print(f"warning: no answers at step {step}: {str(error).splitlines()[0]}", flush=True)
         dist.barrier()
+
+    def _answer(self, answerer: Answerer, weights: dict[str, torch.Tensor], device: torch.device, step: int) -> None:
+        with torch.device("meta"):
+            whole = Molmo2(self.model)
+        whole.load_state_dict(weights, assign=True)
+        dtype = torch.bfloat16 if self.config.precision == "amp_bf16" else torch.float32
+        with torch.random.fork_rng(devices=[]):
+            answerer.answer(whole.to(device, dtype).eval(), step)
