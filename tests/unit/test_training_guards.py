@@ -232,6 +232,26 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
+def test_saves_that_fail_now_and_then_end_nothing(tmp_path: Path) -> None:
+    """Two fail, one is good, one fails: never three in a row.  Would catch failures that are counted over the run."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Quota(Callback):  # type: ignore[misc]
+        def batch_start(self, state: Any, logger: Any) -> None:
+            limit = soft if state.timestamp.batch.value == 2 else 1_000_000
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+    def with_quota(**arguments: Any) -> Trainer:
+        return Trainer(**arguments | {"callbacks": [*arguments["callbacks"], Quota()]})
+
+    try:
+        with mock.patch.object(trainer, "Trainer", with_quota):
+            _, lines = train_tiny(tmp_path, training_config(save_interval_steps=1, failed_saves_allowed=3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(lines) == 4 and saved_steps(str(tmp_path)) == [3]
+
+
 def test_a_disk_without_room_for_metrics_is_named(tmp_path: Path) -> None:
     """Where lines are added, no name of a file is in the system's error.  Would catch a bare `File too large`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
