@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from molmo2core.model.config import ModelConfig
+from molmo2core.model.initialization import build_model
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.parallel.blocks import checkpoint_activations, compile_blocks
 from molmo2core.parallel.context_parallel import apply_context_parallel
@@ -51,11 +52,22 @@ def packs_for(config: ModelConfig) -> dict[str, Pack]:
     }
 
 
+def steep(config: ModelConfig) -> Molmo2:
+    """Random weights in which everything matters, in float64."""
+    return random_model(config, seed=3).double()
+
+
+def as_training_starts(config: ModelConfig) -> Molmo2:
+    """Initial weights, in float32."""
+    return build_model(config, seed=3)
+
+
 def gradients_of_all(
     models: Mapping[str, ModelConfig],
     size: int = 1,
     group: dist.ProcessGroup | None = None,
     change: Callable[[Molmo2], None] | None = None,
+    build: Callable[[ModelConfig], Molmo2] = steep,
 ) -> dict[tuple[str, str], tuple[float, Gradients]]:
     """Loss and gradients of each model and pack, summed over the `size` ranks of `group`, which share the pack.
 
@@ -63,10 +75,11 @@ def gradients_of_all(
 
     Args:
         change: what else is done to each model.
+        build: makes it, the same on every rank.
     """
     results = {}
     for model_name, config in models.items():
-        model = random_model(config, seed=3).double()
+        model = build(config)
         if group is not None:
             apply_context_parallel(model, group)
         if change is not None:
@@ -87,19 +100,24 @@ def gradients_of_all(
     return results
 
 
-def shared_gradients(models: Mapping[str, ModelConfig], size: int) -> dict[tuple[str, str], tuple[float, Gradients]]:
+def shared_gradients(
+    models: Mapping[str, ModelConfig], size: int, build: Callable[[ModelConfig], Molmo2]
+) -> dict[tuple[str, str], tuple[float, Gradients]]:
     """`gradients_of_all` in groups of `size` neighbouring ranks.  Of rank 0; others return nothing."""
     first = dist.get_rank() // size * size
     groups = [dist.new_group(range(start, start + size)) for start in range(0, dist.get_world_size(), size)]
-    results = gradients_of_all(models, size, groups[first // size])
+    results = gradients_of_all(models, size, groups[first // size], build=build)
     return results if dist.get_rank() == 0 else {}
 
 
 def shared_gradients_by_size(
     models: Mapping[str, ModelConfig], sizes: Sequence[int]
-) -> dict[int, dict[tuple[str, str], tuple[float, Gradients]]]:
-    """For each size of a group, in one run of ranks."""
-    return {size: shared_gradients(models, size) for size in sizes}
+) -> dict[str, dict[int, dict[tuple[str, str], tuple[float, Gradients]]]]:
+    """For each way to build models and each size of a group, in one run of ranks."""
+    return {
+        build.__name__: {size: shared_gradients(models, size, build) for size in sizes}
+        for build in (steep, as_training_starts)
+    }
 
 
 def gradients_of_changed_blocks(
