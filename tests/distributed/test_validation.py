@@ -19,6 +19,7 @@ from molmo2core.shards.reader import ExampleReader
 from molmo2core.testing import validation_ranks as ranks
 from molmo2core.testing.distributed import run_distributed
 from molmo2core.testing.tiny_model import tiny_model
+from molmo2core.testing.training import training_config
 from molmo2core.testing.validation_ranks import Found
 from molmo2core.training.composer_model import TrainedMolmo2
 from molmo2core.training.config import DropoutConfig, ValidationConfig
@@ -65,7 +66,7 @@ def losses_one_by_one(weights: dict[str, torch.Tensor], shards: Sequence[ShardsR
     """The same losses from a plain loop over examples, each alone in its sequence: no packs, no ranks, no Composer."""
     model = tiny_model()
     model.load_state_dict(weights)
-    trained = TrainedMolmo2(model, z_coefficient=0.0).eval()
+    trained = TrainedMolmo2(model, z_coefficient=training_config().z_loss).eval()
     reader = ExampleReader(shards, "validation", folder)
     maker = MicrobatchMaker(im_patch_id=model.im_patch_id, dropout=DropoutConfig())
     sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -77,6 +78,8 @@ def losses_one_by_one(weights: dict[str, torch.Tensor], shards: Sequence[ShardsR
             microbatch: Any = maker.make(batch["packs"], batch["tasks"])
             trained.loss(trained(microbatch), microbatch)
             assert trained.parts is not None
+            sums["z"][0] += float(trained.parts.z)
+            sums["z"][1] += float(microbatch["loss_weight"])
             for place, loss in zip(trained.parts.places.tolist(), trained.parts.token_losses.tolist(), strict=True):
                 weight = float(microbatch["loss_weights"][place])
                 for name in ("all", example.dataset, TASKS[microbatch["task_ids"][place]]):
@@ -87,7 +90,7 @@ def losses_one_by_one(weights: dict[str, torch.Tensor], shards: Sequence[ShardsR
 
 def test_losses_are_those_of_the_examples(alone: tuple[Found, Found], shards: list[ShardsRef], tmp_path: Path) -> None:
     """Would catch dropout left on, other loss weights than training's, examples counted twice or not at all, tasks or
-    datasets that get each other's targets in a merged pack, and padding that is counted.
+    datasets that get each other's targets in a merged pack, padding that is counted, and a z-loss that is no mean.
 
     Tolerance: sums of float32 logits in another order; measured 2e-7 relative.
     """
@@ -97,6 +100,7 @@ def test_losses_are_those_of_the_examples(alone: tuple[Found, Found], shards: li
     expected = losses_one_by_one(validated["weights"], shards, tmp_path)
     assert set(last["loss_by_dataset"]) == {"images", "texts"} and set(last["loss_by_task"]) == {"image_qa", "text"}
     assert last["loss"] == pytest.approx(expected["all"], rel=2e-6)
+    assert last["z"] == pytest.approx(expected["z"], rel=2e-6)
     for name in ("images", "texts"):
         assert last["loss_by_dataset"][name] == pytest.approx(expected[name], rel=2e-6), name
     for name in ("image_qa", "text"):
