@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 """Each equals the same case in one process, where nothing is computed twice or compiled."""
-CASES_OF = {2: ("plain", "compiled", "frozen"), 4: ("plain", "checkpointed", "frozen")}
+CASES_OF = {2: ("plain", "compiled", "frozen"), 4: ("plain", "checkpointed")}
 """Number of ranks -> what is tried on them."""
 
 
