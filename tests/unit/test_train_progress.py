@@ -35,7 +35,7 @@ def main(arguments):
             file.write(json.dumps(line) + chr(10))
             file.flush()
             print(f"said in step {step}")
-            time.sleep(0.4)
+            time.sleep(1.5 if step == 4 else 0.4)  # for a frame of that step also where cores are busy
     return 0
 """
 LAUNCHER = """
