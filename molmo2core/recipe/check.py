@@ -127,6 +127,7 @@ def _check_watching(stage: StageRecipe, place: str) -> None:
     guard = stage.spike_guard
     _require(guard.window >= 1, place, f"spike_guard.window {guard.window}", "1 or more steps")
     _require(guard.factor > 1, place, f"spike_guard.factor {guard.factor}", "more than 1: a multiple of the mean loss")
+    _require(guard.least_rise >= 0, place, f"spike_guard.least_rise {guard.least_rise}", "0 or more, in nats")
     _require(guard.patience >= 0, place, f"spike_guard.patience {guard.patience}", "0, for no guard, or more")
     _require(stage.peak_teraflops >= 0, place, f"peak_teraflops {stage.peak_teraflops}", "0 or more")
 

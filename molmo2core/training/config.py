@@ -133,6 +133,8 @@ class SpikeGuardConfig:
     """Steps whose mean loss is the measure; spikes are left out of it.  Before so many, there is no guard."""
     factor: float = 2.0
     """A loss of so many times the mean is a spike."""
+    least_rise: float = 0.5
+    """If it is also so much above the mean, in nats: next to a loss of 0, noise is many times the mean."""
     patience: int = 4
     """Spikes one after the other that end training; 0 is none."""
 

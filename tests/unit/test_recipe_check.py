@@ -86,6 +86,7 @@ def test_every_recipe_keeps_the_rules_in_both_profiles(path: Path, profile: str)
         (["train.sft.dropout.residual=1.0"], ["dropout.residual 1.0"]),
         (["train.sft.spike_guard.window=0"], ["spike_guard.window 0"]),
         (["train.sft.spike_guard.factor=1.0"], ["spike_guard.factor 1.0"]),
+        (["train.sft.spike_guard.least_rise=-0.5"], ["spike_guard.least_rise -0.5"]),
         (["train.sft.spike_guard.patience=-1"], ["spike_guard.patience -1"]),
         (["train.sft.peak_teraflops=-1.0"], ["peak_teraflops -1.0"]),
         (["resources.train.gpus=4"], ["num_processes 1", "resources.train.gpus 4"]),

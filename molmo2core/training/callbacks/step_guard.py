@@ -100,7 +100,10 @@ class StepGuard(StepSource):
         if not self._streak or limit is None:
             return
         found = f"loss {loss:.3f}, spike number {self._streak} in a row"
-        expected = f"less than {limit:.3f}, {self.spikes.factor:g} times the mean of {self.spikes.window} steps"
+        expected = (
+            f"less than {limit:.3f}, {self.spikes.factor:g} times the mean of {self.spikes.window} steps "
+            f"and {self.spikes.least_rise:g} above it"
+        )
         if self._streak >= self.spikes.patience:
             self._refuse(state, step, found, expected, limit)
         if dist.get_global_rank() == 0:
@@ -111,7 +114,8 @@ class StepGuard(StepSource):
         """Losses from here on are spikes; None: too few steps are known, or nobody asked."""
         if not self.spikes.patience or len(self._before) < self.spikes.window:
             return None
-        return self.spikes.factor * fmean(self._before)
+        mean = fmean(self._before)
+        return max(self.spikes.factor * mean, mean + self.spikes.least_rise)
 
     def own(self, state: State) -> OwnNumbers:
         """Nothing: all ranks know the same."""
