@@ -5,8 +5,9 @@ tests lead from there to what is trained.  Needs torch and numpy only.
 
 Tolerances: sums run over other lengths.  In float64 logits of steep random models are equal to 1e-12 of their norm; in
 float32, over 60 random pairs of packs, they differ by at most 8.8e-7 of it (searching, Hypothesis finds 1.03e-6 for an
-example of three tokens), at initial weights by at most 6.5e-7.  Over 400 packs float32 gradients differ by 3.1e-6 of the
-largest one; over 40, losses by 2.4e-7 of themselves.  What the tests would catch differs by more than 0.1 (last test).
+example of three tokens), at initial weights by at most 6.5e-7.  Over 400 packs float32 gradients differ by 3.1e-6 of
+the largest one; over 40, losses by 2.4e-7 of themselves.  What the tests would catch differs by more than 0.1 (last
+test).
 """
 
 from __future__ import annotations
