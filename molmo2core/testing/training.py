@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from molmo2core.checkpoints.config import InitialWeights
 from molmo2core.examples import DOCUMENT, PADDING, ROOT, Batch
 from molmo2core.loading.provenance import Change
-from molmo2core.model.config import ModelConfig
+from molmo2core.model.config import ModelConfig, named_config
 from molmo2core.packing.config import PackingConfig
+from molmo2core.preprocessing.config import PreprocessingConfig
+from molmo2core.recipe.sections import TrainSection
 from molmo2core.special_tokens import EXTRA_TOKENS, IM_PATCH
+from molmo2core.tracking.config import TrackingConfig
 from molmo2core.training.config import GroupSchedule, OptimizerConfig, TrainingConfig
 
 Pack = dict[str, torch.Tensor]
@@ -135,3 +140,21 @@ def training_config(**changes: Any) -> TrainingConfig:
         "threads_per_process": 1,
     }
     return TrainingConfig(**values | changes)
+
+
+def train_section(workspace: Path, training: TrainingConfig, *, tracking: TrackingConfig | None = None) -> TrainSection:
+    """A section of the second stage."""
+    return TrainSection(
+        workspace=str(workspace),
+        stage="sft",
+        run_name="test",
+        seed=1,
+        recipe_fingerprint="f",
+        model=named_config("tiny"),
+        tokenizer="tokenizer",
+        initial_weights=InitialWeights(),
+        packing=PACKING,
+        preprocessing=PreprocessingConfig(),
+        training=training,
+        tracking=tracking or TrackingConfig(),
+    )

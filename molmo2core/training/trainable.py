@@ -73,14 +73,14 @@ def check_same_parts(checkpoint: Path, model: ModelConfig, config: TrainingConfi
         RecipeError: it trained another model or other parts.
     """
     meta = storage.open_committed(str(checkpoint)).meta
-    if meta["model"] != model_key(model):
+    if meta.get("model") != model_key(model):
         raise RecipeError(
             "training.resume_from",
             found=f"{checkpoint}, of another model",
             expected="the recipe's model",
             mend="go on with the same model, or delete resume_from to start at step 0",
         )
-    found, expected = meta["trained"], what_is_trained(config)
+    found, expected = meta.get("trained"), what_is_trained(config)
     if found != expected:
         raise RecipeError(
             "training.resume_from",

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molmo2core.model.attention import AttentionMask
-from molmo2core.model.dropout import TokenDropout
 from molmo2core.testing import acceptance_ranks as ranks
 from molmo2core.testing.acceptance_ranks import KINDS, Step
 from molmo2core.testing.distributed import run_distributed
+from molmo2core.testing.plain_loss import plain_loss
 from molmo2core.testing.training import Pack
 from molmo2core.training.config import DropoutConfig
 from molmo2core.training.microbatch import MicrobatchMaker
@@ -51,25 +50,10 @@ def plain_step(packs: list[Pack], kind: str, dropout: DropoutConfig) -> tuple[di
     """(gradients, mean CE, mean z) of sum w(CE + z) / sum w, written down: one pack at a time, all logits."""
     model = ranks.start_model(kind).train()
     maker = MicrobatchMaker(im_patch_id=model.im_patch_id, dropout=dropout)
-    cross_entropy = z = weight = torch.zeros(())
-    for number, pack in enumerate(packs):
-        made = maker.make([pack], numbers=[number])
-        hidden = model(
-            input_ids=made["input_ids"],
-            position_ids=made["position_ids"],
-            mask=AttentionMask(made["subsegment_ids"], made["is_visual"]),
-            crops=made["crops"],
-            pooling=made["pooling"],
-            token_dropout=TokenDropout(probabilities=made["token_dropout"], keys=made["dropout_keys"]),
-        )
-        logits = hidden[0] @ model.decoder.head_weight.T
-        losses = F.cross_entropy(logits, made["target_ids"], reduction="none")
-        cross_entropy = cross_entropy + (made["loss_weights"] * losses).sum()
-        z = z + ranks.Z * (made["loss_weights"] * logits.logsumexp(-1).square()).sum()
-        weight = weight + made["loss_weights"].sum()
-    ((cross_entropy + z) / weight).backward()
+    cross_entropy, z = plain_loss(model, maker, enumerate(packs), ranks.Z)
+    (cross_entropy + z).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return gradients, float(cross_entropy / weight), float(z / weight)
+    return gradients, float(cross_entropy), float(z)
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from molmo2core.checkpoints.config import InitialWeights
-from molmo2core.model.config import named_config
-from molmo2core.packing.config import PackingConfig
-from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.recipe.load import to_json
-from molmo2core.recipe.sections import TrainSection
-from molmo2core.testing.training import training_config
+from molmo2core.testing.training import train_section, training_config
 from molmo2core.testing.training_ranks import train_tiny
-from molmo2core.tracking.config import TrackingConfig
 
 RANK = """
 import json, time
@@ -56,20 +50,7 @@ with step_bar(folder, section) as show:
 
 def launched(folder: Path, *, terminal: bool) -> str:
     """What is seen of a training that goes on at step 3."""
-    section = TrainSection(
-        workspace=str(folder),
-        stage="sft",
-        run_name="test",
-        seed=1,
-        recipe_fingerprint="f",
-        model=named_config("tiny"),
-        tokenizer="tokenizer",
-        initial_weights=InitialWeights(),
-        packing=PackingConfig(sequence_tokens=64, crop_budget=4),
-        preprocessing=PreprocessingConfig(),
-        training=training_config(steps=5),
-        tracking=TrackingConfig(),
-    )
+    section = train_section(folder, training_config(steps=5))
     (folder / "section.json").write_text(to_json(section))
     old = {"step": 2, "loss": 9.0, "waits": {"for_data": 0.5}, "time_ms": int(time.time() * 1000) - 10**6}
     (folder / "metrics.jsonl").write_text(json.dumps(old) + "\n")

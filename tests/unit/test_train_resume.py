@@ -9,15 +9,9 @@ from pathlib import Path
 import pytest
 
 from molmo2core import storage
-from molmo2core.checkpoints.config import InitialWeights
 from molmo2core.errors import DataError
-from molmo2core.model.config import named_config
-from molmo2core.packing.config import PackingConfig
-from molmo2core.preprocessing.config import PreprocessingConfig
-from molmo2core.recipe.sections import TrainSection
 from molmo2core.stages.train_resume import exclusive, resume_place, taken_up
-from molmo2core.testing.training import training_config
-from molmo2core.tracking.config import TrackingConfig
+from molmo2core.testing.training import train_section, training_config
 
 
 def test_a_second_process_waits_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,20 +37,7 @@ def test_a_second_process_waits_and_says_so(tmp_path: Path, capsys: pytest.Captu
 
 def test_what_was_taken_up_once_is_not_needed_again(tmp_path: Path) -> None:
     """Its folder may be removed then.  Would catch a training that is stopped by the loss of what it has no use for."""
-    section = TrainSection(
-        workspace=str(tmp_path),
-        stage="sft",
-        run_name="test",
-        seed=1,
-        recipe_fingerprint="f",
-        model=named_config("tiny"),
-        tokenizer="tokenizer",
-        initial_weights=InitialWeights(),
-        packing=PackingConfig(sequence_tokens=64, crop_budget=4),
-        preprocessing=PreprocessingConfig(),
-        training=training_config(resume_from="old"),
-        tracking=TrackingConfig(),
-    )
+    section = train_section(tmp_path, training_config(resume_from="old"))
     own, old = (resume_place(str(tmp_path / name)) for name in ("own", "old"))
     with pytest.raises(DataError, match="resume_from: 'old', and no checkpoint"), taken_up(section, str(tmp_path), own):
         pass

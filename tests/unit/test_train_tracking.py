@@ -10,33 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from molmo2core.checkpoints.config import InitialWeights
-from molmo2core.model.config import named_config
-from molmo2core.packing.config import PackingConfig
-from molmo2core.preprocessing.config import PreprocessingConfig
 from molmo2core.recipe.sections import TrainSection
 from molmo2core.stages import train_tracking
 from molmo2core.stages.train_tracking import following
-from molmo2core.testing.training import training_config
+from molmo2core.testing.training import train_section, training_config
 from molmo2core.tracking.config import TrackingConfig
 from molmo2core.tracking.mlflow_run import connect
 
 
 def section_in(folder: Path, uri: str) -> TrainSection:
-    return TrainSection(
-        workspace=str(folder),
-        stage="sft",
-        run_name="test",
-        seed=1,
-        recipe_fingerprint="f",
-        model=named_config("tiny"),
-        tokenizer="tokenizer",
-        initial_weights=InitialWeights(),
-        packing=PackingConfig(sequence_tokens=64, crop_budget=4),
-        preprocessing=PreprocessingConfig(),
-        training=training_config(steps=4, log_interval_steps=1),
-        tracking=TrackingConfig(uri=uri),
-    )
+    training = training_config(steps=4, log_interval_steps=1)
+    return train_section(folder, training, tracking=TrackingConfig(uri=uri))
 
 
 def write_steps(folder: Path, *steps: int) -> None:

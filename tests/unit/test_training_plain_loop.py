@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from molmo2core.model.attention import AttentionMask
-from molmo2core.model.dropout import TokenDropout
 from molmo2core.model.molmo2 import Molmo2
 from molmo2core.testing.acceptance_ranks import start_model
+from molmo2core.testing.plain_loss import plain_loss
 from molmo2core.testing.training import pack_loader, training_config
 from molmo2core.testing.training_ranks import train_tiny
 from molmo2core.training.config import DropoutConfig, GroupSchedule, OptimizerConfig, TrainingConfig
@@ -44,24 +42,10 @@ def plain_torch_loop(model: Molmo2, config: TrainingConfig, rates: Rates, eps: f
     batches = iter(pack_loader(model.config, config))
     for step in range(1, STEPS + 1):
         batch = next(batches)
-        cross_entropy = z = weight = torch.zeros(())
-        for pack, number in zip(batch["packs"], batch["pack_numbers"], strict=True):
-            made = maker.make([pack], numbers=[number])
-            hidden = model(
-                input_ids=made["input_ids"],
-                position_ids=made["position_ids"],
-                mask=AttentionMask(made["subsegment_ids"], made["is_visual"]),
-                crops=made["crops"],
-                pooling=made["pooling"],
-                token_dropout=TokenDropout(probabilities=made["token_dropout"], keys=made["dropout_keys"]),
-            )
-            logits = hidden[0] @ model.decoder.head_weight.T
-            losses = F.cross_entropy(logits, made["target_ids"], reduction="none")
-            cross_entropy = cross_entropy + (made["loss_weights"] * losses).sum()
-            z = z + 1e-4 * (made["loss_weights"] * logits.logsumexp(-1).square()).sum()
-            weight = weight + made["loss_weights"].sum()
+        numbered = zip(batch["pack_numbers"], batch["packs"], strict=True)
+        cross_entropy, z = plain_loss(model, maker, numbered, 1e-4)
         model.zero_grad()
-        ((cross_entropy + z) / weight).backward()
+        (cross_entropy + z).backward()
         norms, used = {}, {}
         for name, optimizer in optimizers.items():
             norms[name] = float(torch.nn.utils.clip_grad_norm_(groups[name], CLIP))
@@ -70,10 +54,7 @@ def plain_torch_loop(model: Molmo2, config: TrainingConfig, rates: Rates, eps: f
             used[name] = peak * (step / warmup if step < warmup else 0.1 + 0.9 * cosine)
             optimizer.param_groups[0]["lr"] = used[name]
             optimizer.step()
-        logged.append(
-            {"loss": float(cross_entropy / weight), "z": float(z / weight), "gradient_norm": norms}
-            | {"learning_rate": used}
-        )
+        logged.append({"loss": float(cross_entropy), "z": float(z), "gradient_norm": norms} | {"learning_rate": used})
     return logged
 
 

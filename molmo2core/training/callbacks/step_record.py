@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,11 @@ class OwnNumbers:
 class StepSource(Callback):  # type: ignore[misc]
     """A callback that measures something on every rank."""
 
+    @abstractmethod
     def own(self, state: State) -> OwnNumbers:
         """What this rank measured in the step that just ended."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fields(self, step: int, summed: Mapping[str, float], each: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         """Fields of the step's metrics line (callbacks/metrics_file.py), the same on every rank.
 
@@ -39,7 +41,6 @@ class StepSource(Callback):  # type: ignore[misc]
             summed: over all ranks, by the names of this source's OwnNumbers.
             each: by rank.
         """
-        raise NotImplementedError
 
 
 class StepRecord(Callback):  # type: ignore[misc]
